@@ -1,0 +1,254 @@
+"""The environment: every variable this product reads, named once, typed and checked at start-up.
+
+Nothing else reads `os.environ`. What a variable is for and an example stand beside its type, because the error
+a person sees when it is missing or malformed is made of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+DAY = 24 * 60 * 60
+AWS_LONGEST_URL_LIFETIME = 7 * DAY  # SigV4 query signatures: X-Amz-Expires is at most 604800
+TIGRIS_LONGEST_URL_LIFETIME = 90 * DAY
+TIGRIS_HOSTS = ("storage.dev", "tigris.dev")
+
+
+class SettingsError(Exception):
+    """The environment cannot be used; the message names each variable, what it is for and an example."""
+
+
+def _bucket_name(value: str) -> str:
+    if "/" in value or ":" in value:
+        raise ValueError("must be the bucket's bare name, without s3:// or a path")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", value):
+        raise ValueError("is not a bucket name: 3 to 63 letters, digits, dots and hyphens")
+    return value
+
+
+def _key_prefix(value: str) -> str:
+    value = value.strip("/")
+    if any(part in ("", ".", "..") for part in value.split("/")) and value:
+        raise ValueError("must be a plain path, without empty, '.' or '..' parts")
+    if any(ord(character) < 32 or character == "\\" for character in value):
+        raise ValueError("must not contain control characters or backslashes")
+    return value
+
+
+def _model_path(value: str) -> str:
+    if not _key_prefix(value):
+        raise ValueError("must not be empty")
+    return _key_prefix(value)
+
+
+def _http_url(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        port_is_valid = url.port is None or url.port > 0
+    except ValueError:
+        port_is_valid = False
+    if not port_is_valid or url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError("must be a URL such as https://host or http://host:port")
+    if url.username or url.password or url.query or url.fragment:
+        raise ValueError("must not carry a user, a password, a query or a fragment")
+    return value.rstrip("/")
+
+
+def _without_spaces(value: str) -> str:
+    if not value.isprintable() or " " in value:
+        raise ValueError("contains a space or a control character: was it pasted whole?")
+    return value
+
+
+def _secret_without_spaces(value: SecretStr) -> SecretStr:
+    _without_spaces(value.get_secret_value())
+    return value
+
+
+BucketName = Annotated[str, AfterValidator(_bucket_name)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+
+
+def _variable(name: str, purpose: str, example: str, **constraints: Any) -> Any:
+    return Field(
+        validation_alias=name, description=purpose, examples=[f"{name}={example}"], **constraints
+    )
+
+
+class StorageSettings(BaseModel):
+    """Where the buckets are and who we are to them. Without keys, boto3's own chain decides (instance roles)."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True, extra="ignore")
+
+    access_key_id: Annotated[str, AfterValidator(_without_spaces)] | None = _variable(
+        "AWS_ACCESS_KEY_ID", "the access key ID of the keypair", "tid_…", default=None, repr=False
+    )
+    secret_access_key: Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None = (
+        _variable("AWS_SECRET_ACCESS_KEY", "the secret half of the keypair", "tsec_…", default=None)
+    )
+    session_token: SecretStr | None = _variable(
+        "AWS_SESSION_TOKEN", "the token of temporary AWS credentials", "IQoJ…", default=None
+    )
+    endpoint_url: HttpUrl | None = _variable(
+        "AWS_ENDPOINT_URL_S3",
+        "the S3 server; leave it out for AWS itself",
+        "https://t3.storage.dev",
+        default=None,
+    )
+    region: str | None = _variable(
+        "AWS_REGION",
+        "the buckets' region; `auto` for Tigris",
+        "auto",
+        default=None,
+        pattern=r"^[a-z0-9-]+$",
+    )
+    addressing_style: Literal["auto", "path", "virtual"] = _variable(
+        "S3_ADDRESSING_STYLE",
+        "bucket in the path or in the host name; `auto` is path with an endpoint, virtual on AWS",
+        "path",
+        default="auto",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StorageSettings:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            missing = "AWS_ACCESS_KEY_ID" if self.access_key_id is None else "AWS_SECRET_ACCESS_KEY"
+            raise ValueError(
+                f"{missing} is missing: a keypair is AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY together. "
+                "Set both, or neither to use the machine's own role."
+            )
+        if self.region == "auto" and self.endpoint_url is None:
+            raise ValueError(
+                "AWS_REGION=auto needs AWS_ENDPOINT_URL_S3: AWS itself has no region of that name. "
+                "For Tigris: AWS_ENDPOINT_URL_S3=https://t3.storage.dev. For AWS: AWS_REGION=us-east-1."
+            )
+        return self
+
+
+class RunnerSettings(StorageSettings):
+    """What the serving container needs beside the storage: which model, where images go, on which device."""
+
+    model_path: Annotated[str, AfterValidator(_model_path)] = _variable(
+        "MODEL_PATH",
+        "the model's folder in the bucket, as published by scripts/prepare_model.py",
+        "ByteDance/SDXL-Lightning",
+    )
+    model_bucket: BucketName = _variable(
+        "MODEL_BUCKET_NAME", "the private bucket that holds the models", "model-storage"
+    )
+    image_bucket: BucketName = _variable(
+        "PUBLIC_BUCKET_NAME", "the bucket that receives the generated images", "generated-images"
+    )
+    model_version: str | None = _variable(
+        "MODEL_VERSION",
+        "pins one published version; without it, the one latest.json names",
+        "0f3c… (32 hexadecimal digits; `python -m weights ls MODEL_PATH` lists them)",
+        default=None,
+        pattern=r"^[0-9a-f]{32}$",
+    )
+    image_prefix: Annotated[str, AfterValidator(_key_prefix)] = _variable(
+        "IMAGE_PREFIX", "a folder in the image bucket to put images under", "sdxl", default=""
+    )
+    image_url_lifetime: int = _variable(
+        "IMAGE_URL_LIFETIME",
+        "seconds for which a returned image URL works (AWS allows 7 days, Tigris 90)",
+        "3600",
+        default=3600,
+        ge=1,
+        le=TIGRIS_LONGEST_URL_LIFETIME,
+    )
+    public_base_url: HttpUrl | None = _variable(
+        "PUBLIC_BASE_URL",
+        "set it when the image bucket is public: URLs are then this plus the key, unsigned",
+        "https://images.example.com",
+        default=None,
+    )
+    device: Literal["auto", "cuda", "cpu"] = _variable(
+        "DEVICE", "where to run; `auto` is cuda when there is a card", "cuda", default="auto"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _variable(
+        "DTYPE",
+        "the arithmetic; `auto` is bfloat16 or float16 by what the card can do, float32 on CPU",
+        "float16",
+        default="auto",
+    )
+    read_connections: int = _variable(
+        "MODEL_READ_CONNECTIONS",
+        "how many connections read weights at once",
+        "16",
+        default=16,
+        ge=1,
+        le=256,
+    )
+
+    @model_validator(mode="after")
+    def _lifetime_within_the_provider_s_limit(self) -> RunnerSettings:
+        host = urlsplit(self.endpoint_url).hostname if self.endpoint_url else None
+        on_tigris = bool(host) and f".{host}".endswith(tuple(f".{name}" for name in TIGRIS_HOSTS))
+        if not on_tigris and self.image_url_lifetime > AWS_LONGEST_URL_LIFETIME:
+            raise ValueError(
+                f"IMAGE_URL_LIFETIME={self.image_url_lifetime} is too long: a presigned URL lives at most "
+                f"{AWS_LONGEST_URL_LIFETIME} seconds (7 days). Example: IMAGE_URL_LIFETIME=86400"
+            )
+        return self
+
+
+SettingsType = TypeVar("SettingsType", bound=StorageSettings)
+
+
+def load_storage_settings(environ: Mapping[str, str] | None = None) -> StorageSettings:
+    """The storage part alone, for command lines. Raises SettingsError."""
+    return _load(StorageSettings, os.environ if environ is None else environ)
+
+
+def load_runner_settings(environ: Mapping[str, str] | None = None) -> RunnerSettings:
+    """Everything the serving container needs. Raises SettingsError, naming all that is wrong at once."""
+    return _load(RunnerSettings, os.environ if environ is None else environ)
+
+
+def _load(kind: type[SettingsType], environ: Mapping[str, str]) -> SettingsType:
+    values = {
+        name: environ[name]
+        for field in kind.model_fields.values()
+        if isinstance(name := field.validation_alias, str) and environ.get(name)
+    }
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(kind, detail) for detail in error.errors(include_input=False)]
+    # Raised outside the handler: the ValidationError in a traceback would print the values, secrets included.
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    raise SettingsError(f"the environment is not complete or not valid:\n{lines}")
+
+
+def _problem(kind: type[StorageSettings], detail: Any) -> str:
+    """One line for one pydantic error; never the value, which may be a secret pasted into the wrong variable."""
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not detail["loc"]:  # a rule across several variables: its message names them
+        return message
+    name = str(detail["loc"][0])
+    field = next(
+        field for key, field in kind.model_fields.items() if name in (key, field.validation_alias)
+    )
+    what = "is missing" if detail["type"] == "missing" else _sentence(message)
+    example = (field.examples or [""])[0]
+    return f"{field.validation_alias} {what}. It is {field.description}. Example: {example}"
+
+
+def _sentence(message: str) -> str:
+    """Pydantic says "Input should be …"; a reader of environment variables wants "should be …"."""
+    return message.removeprefix("Input ").removeprefix("String ")

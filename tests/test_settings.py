@@ -1,0 +1,127 @@
+"""What a person sees when the environment is wrong, and what never shows."""
+
+import pytest
+
+from settings import SettingsError, load_runner_settings, load_storage_settings
+
+COMPLETE = {
+    "AWS_ACCESS_KEY_ID": "tid_AzureDiamond",
+    "AWS_SECRET_ACCESS_KEY": "tsec_hunter2",
+    "AWS_ENDPOINT_URL_S3": "https://fly.storage.tigris.dev",
+    "AWS_REGION": "auto",
+    "MODEL_PATH": "ByteDance/SDXL-Lightning",
+    "MODEL_BUCKET_NAME": "model-storage",
+    "PUBLIC_BUCKET_NAME": "generated-images",
+}
+
+
+def test_the_tutorials_environment_is_complete():
+    settings = load_runner_settings(COMPLETE)
+    assert settings.model_path == "ByteDance/SDXL-Lightning"
+    assert settings.model_bucket == "model-storage"
+    assert settings.image_bucket == "generated-images"
+    assert settings.image_url_lifetime == 3600
+
+
+def test_aws_proper_needs_neither_endpoint_nor_keys():
+    environment = {name: COMPLETE[name] for name in COMPLETE if not name.startswith("AWS_")}
+    settings = load_runner_settings(environment)
+    assert settings.endpoint_url is None
+    assert settings.access_key_id is None
+
+
+def test_every_missing_variable_is_named_at_once_with_purpose_and_example():
+    with pytest.raises(SettingsError) as caught:
+        load_runner_settings({})
+    message = str(caught.value)
+    for name, purpose, example in (
+        ("MODEL_PATH", "the model's folder in the bucket", "ByteDance/SDXL-Lightning"),
+        ("MODEL_BUCKET_NAME", "the private bucket that holds the models", "model-storage"),
+        ("PUBLIC_BUCKET_NAME", "the bucket that receives", "generated-images"),
+    ):
+        line = next(line for line in message.splitlines() if name in line)
+        assert "is missing" in line
+        assert purpose in line
+        assert f"{name}={example}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("MODEL_BUCKET_NAME", "s3://model-storage", "without s3://"),
+        ("PUBLIC_BUCKET_NAME", "a b", "not a bucket name"),
+        ("MODEL_PATH", "../other", "plain path"),
+        ("MODEL_PATH", "///", "must not be empty"),
+        ("AWS_ENDPOINT_URL_S3", "fly.storage.tigris.dev", "https://"),
+        ("AWS_ENDPOINT_URL_S3", "http://host:notaport", "https://"),
+        ("AWS_ENDPOINT_URL_S3", "https://key:word@host", "user"),
+        ("AWS_REGION", "us east 1", "pattern"),
+        ("MODEL_VERSION", "latest", "pattern"),
+        ("IMAGE_URL_LIFETIME", "soon", "integer"),
+        ("IMAGE_URL_LIFETIME", "0", "greater than or equal to 1"),
+        ("DEVICE", "tpu", "'cuda'"),
+        ("MODEL_READ_CONNECTIONS", "0", "greater than or equal to 1"),
+        ("S3_ADDRESSING_STYLE", "dns", "'path'"),
+    ],
+)
+def test_a_malformed_variable_is_named_with_what_is_wrong_and_an_example(name, value, hint):
+    with pytest.raises(SettingsError) as caught:
+        load_runner_settings(COMPLETE | {name: value})
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert name in line
+    assert hint in line
+    assert f"Example: {name}=" in line
+
+
+def test_half_a_keypair_is_refused():
+    environment = dict(COMPLETE)
+    del environment["AWS_SECRET_ACCESS_KEY"]
+    with pytest.raises(SettingsError, match="AWS_SECRET_ACCESS_KEY is missing"):
+        load_runner_settings(environment)
+
+
+def test_region_auto_without_an_endpoint_is_refused():
+    environment = dict(COMPLETE)
+    del environment["AWS_ENDPOINT_URL_S3"]
+    with pytest.raises(SettingsError, match="AWS_REGION=auto needs AWS_ENDPOINT_URL_S3"):
+        load_runner_settings(environment)
+
+
+def test_url_lifetime_is_limited_to_seven_days_except_on_tigris():
+    thirty_days = COMPLETE | {"IMAGE_URL_LIFETIME": str(30 * 24 * 3600)}
+    assert load_runner_settings(thirty_days).image_url_lifetime == 30 * 24 * 3600
+    elsewhere = thirty_days | {"AWS_ENDPOINT_URL_S3": "https://s3.us-east-1.amazonaws.com"}
+    with pytest.raises(SettingsError, match="at most 604800 seconds"):
+        load_runner_settings(elsewhere)
+    lookalike = thirty_days | {"AWS_ENDPOINT_URL_S3": "https://eviltigris.dev"}
+    with pytest.raises(SettingsError, match="at most 604800 seconds"):
+        load_runner_settings(lookalike)
+
+
+def test_an_empty_variable_counts_as_unset():
+    settings = load_runner_settings(COMPLETE | {"AWS_REGION": "", "MODEL_VERSION": ""})
+    assert settings.region is None
+    assert settings.model_version is None
+
+
+def test_the_secret_is_in_no_repr_and_no_dump():
+    settings = load_storage_settings(COMPLETE)
+    for shown in (repr(settings), str(settings), settings.model_dump_json()):
+        assert "hunter2" not in shown
+
+
+def test_a_malformed_secret_is_refused_without_being_shown():
+    broken = COMPLETE | {"AWS_SECRET_ACCESS_KEY": "tsec_ hunter2", "DEVICE": "hunter2"}
+    with pytest.raises(SettingsError) as caught:
+        load_runner_settings(broken)
+    assert "AWS_SECRET_ACCESS_KEY" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    # A chained ValidationError would print its input in the traceback.
+    assert caught.value.__context__ is None
+    assert caught.value.__cause__ is None
+
+
+def test_a_secret_in_the_wrong_variable_is_not_echoed():
+    with pytest.raises(SettingsError) as caught:
+        load_runner_settings(COMPLETE | {"MODEL_BUCKET_NAME": "tsec/hunter2"})
+    assert "hunter2" not in str(caught.value)
