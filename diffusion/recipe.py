@@ -1,0 +1,232 @@
+"""How a checkpoint wants to be run: scheduler, steps, guidance, native size, and where it came from.
+
+A recipe travels as plain JSON in the manifest, or is read from a diffusers folder's own configs. Imports no torch.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+
+from diffusion.errors import ModelError
+
+PIPELINE: Literal["StableDiffusionXLPipeline"] = "StableDiffusionXLPipeline"
+
+MAX_STEPS = 50
+
+# What `StableDiffusionXLPipeline.__call__` does when its caller says nothing. A checkpoint that wants otherwise says so
+# nowhere in its configs, so a mirrored model starts from exactly what its users get from stock diffusers.
+DIFFUSERS_DEFAULT_STEPS = 50
+DIFFUSERS_DEFAULT_GUIDANCE_SCALE = 5.0
+
+# A closed list, because a config must never choose what gets imported. Left out are the schedulers that need packages
+# this product does not install (LMS wants scipy, DPM-Solver SDE wants torchsde).
+SCHEDULERS = frozenset(
+    {
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EDMDPMSolverMultistepScheduler",
+        "EDMEulerScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LCMScheduler",
+        "PNDMScheduler",
+        "TCDScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+
+Dtype = Literal["float16", "bfloat16", "float32"]
+
+
+class _Frozen(BaseModel):
+    # An unknown field may change what the images look like, so it is refused rather than dropped.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Source(_Frozen):
+    """Where the weights came from, for provenance and licence."""
+
+    repo: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+
+
+class SchedulerRecipe(_Frozen):
+    """A diffusers scheduler class, and what to set over the folder's own `scheduler_config.json`."""
+
+    class_name: str
+    config: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _class_is_known(self) -> Self:
+        if self.class_name not in SCHEDULERS:
+            raise ValueError(
+                f"scheduler {self.class_name!r} is not supported; use one of {_listed(SCHEDULERS)}"
+            )
+        return self
+
+
+class Recipe(_Frozen):
+    """What the engine needs to know about a checkpoint that its tensors do not say.
+
+    `steps` lists the only step counts a distilled checkpoint can do; None means any from 1 to `MAX_STEPS`.
+    `guidance_free` checkpoints were distilled without classifier-free guidance and always run at `guidance_scale`.
+    `native_size` is the edge, in pixels, of the square the checkpoint was trained on.
+    Anything wrong, here or in `model_validate`, raises `ModelError`.
+    """
+
+    pipeline: Literal["StableDiffusionXLPipeline"] = PIPELINE
+    scheduler: SchedulerRecipe
+    dtype: Dtype
+    steps: tuple[int, ...] | None = None
+    default_steps: int = DIFFUSERS_DEFAULT_STEPS
+    guidance_scale: float = Field(default=DIFFUSERS_DEFAULT_GUIDANCE_SCALE, ge=0)
+    guidance_free: bool = False
+    native_size: int = Field(ge=32, le=4096, multiple_of=8)
+    source: Source | None = None
+
+    @model_validator(mode="after")
+    def _steps_make_sense(self) -> Self:
+        allowed = self.steps if self.steps is not None else range(1, MAX_STEPS + 1)
+        if self.steps is not None and (
+            not self.steps or not all(1 <= count <= MAX_STEPS for count in self.steps)
+        ):
+            raise ValueError(f"steps {list(self.steps)} must name counts from 1 to {MAX_STEPS}")
+        if self.default_steps not in allowed:
+            raise ValueError(
+                f"default_steps {self.default_steps} is not a step count this recipe allows"
+            )
+        if self.guidance_free and self.guidance_scale > 1:
+            raise ValueError(
+                f"guidance_scale {self.guidance_scale} switches guidance on, but guidance_free says it is off"
+            )
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _speak_plainly(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise ModelError(
+                f"The model's recipe is not valid: {_reasons(error)}. Correct it and publish the model again."
+            ) from error
+
+    @classmethod
+    def from_configs(cls, configs: Mapping[str, bytes]) -> "Recipe":
+        """The recipe of a plain diffusers folder, from its config files by path.
+
+        Raises `ModelError` when a file is missing, is not JSON, or describes another kind of model than SDXL.
+        """
+        index = read_config(configs, "model_index.json")
+        if index.get("_class_name") != PIPELINE:
+            raise ModelError(
+                f"This model is a {index.get('_class_name') or 'folder of no known pipeline'}, as its model_index.json "
+                f"says; only {PIPELINE} can be served. Publish an SDXL model."
+            )
+        scheduler = read_config(configs, "scheduler/scheduler_config.json")
+        text_encoder = read_config(configs, "text_encoder/config.json")
+        return cls.model_validate(
+            {
+                "scheduler": {
+                    "class_name": scheduler.get("_class_name"),
+                    "config": {
+                        name: value for name, value in scheduler.items() if not name.startswith("_")
+                    },
+                },
+                "dtype": _saved_dtype(text_encoder),
+                "native_size": _native_size(configs),
+            }
+        )
+
+
+def lightning_recipe(
+    steps: Literal[1, 2, 4, 8] = 4, *, dtype: Dtype = "float16", source: Source | None = None
+) -> Recipe:
+    """The recipe of SDXL-Lightning (https://huggingface.co/ByteDance/SDXL-Lightning, arXiv 2402.13929).
+
+    Trailing timesteps, since the distillation ends at pure noise: SDXL's own "leading" would give wrong images without
+    an error. No guidance: it was distilled in. The 1-step checkpoint predicts the image instead of the noise.
+    """
+    if steps not in (1, 2, 4, 8):
+        raise ModelError(f"SDXL-Lightning has checkpoints for 1, 2, 4 and 8 steps, not {steps}.")
+    config = {"timestep_spacing": "trailing"}
+    if steps == 1:
+        config["prediction_type"] = "sample"
+    return Recipe(
+        scheduler=SchedulerRecipe(class_name="EulerDiscreteScheduler", config=config),
+        dtype=dtype,
+        steps=(steps,),
+        default_steps=steps,
+        guidance_scale=0.0,
+        guidance_free=True,
+        native_size=1024,
+        source=source,
+    )
+
+
+def read_config(configs: Mapping[str, bytes], path: str) -> dict[str, Any]:
+    """One JSON object among a model's config files; raises `ModelError` naming the file."""
+    if path not in configs:
+        raise ModelError(f"The model has no {path}; publish a complete diffusers folder.")
+    try:
+        config = json.loads(configs[path])
+    except ValueError as error:
+        raise ModelError(f"{path} of the model is not JSON ({error}); publish it again.") from error
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"{path} of the model holds a JSON {type(config).__name__}, not an object."
+        )
+    return config
+
+
+def _saved_dtype(text_encoder: Mapping[str, Any]) -> Dtype:
+    """Only transformers notes the dtype its files were saved in, under either of two names."""
+    saved = text_encoder.get("dtype") or text_encoder.get("torch_dtype")
+    return saved if saved in get_args(Dtype) else "float32"
+
+
+def _native_size(configs: Mapping[str, bytes]) -> int:
+    """The UNet's latents, in pixels: the VAE halves the image once per block after the first."""
+    sample_size = read_config(configs, "unet/config.json").get("sample_size")
+    if isinstance(sample_size, list) and len(set(sample_size)) == 1:
+        sample_size = sample_size[0]
+    if not isinstance(sample_size, int):
+        raise ModelError(
+            f"unet/config.json of the model gives sample_size {sample_size!r}, so its native size is unknown; "
+            "it should be one number, 128 for SDXL."
+        )
+    blocks = read_config(configs, "vae/config.json").get("block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        raise ModelError(
+            f"vae/config.json of the model gives block_out_channels {blocks!r}, so the size of its latents is unknown."
+        )
+    return int(sample_size * 2 ** (len(blocks) - 1))
+
+
+def _reasons(error: ValidationError) -> str:
+    def reason(line: Any) -> str:
+        where = ".".join(str(part) for part in line["loc"])
+        what = line["msg"].removeprefix("Value error, ")
+        return f"{where}: {what}" if where else what
+
+    return "; ".join(reason(line) for line in error.errors(include_url=False))
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names))
