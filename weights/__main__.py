@@ -1,0 +1,254 @@
+"""`python -m weights`: look at, load, pull, verify and roll back the models of a bucket."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from s3 import connect
+from settings import SettingsError, load_storage_settings
+from weights.bucket import Bucket
+from weights.digests import Progress
+from weights.errors import WeightsError
+from weights.listing import list_models, list_versions
+from weights.publish import activate
+from weights.pull import pull, verify
+from weights.snapshot import Snapshot, find_snapshot
+from weights.stream import DEFAULT_CONNECTIONS, ModelStream
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 a wrong command line, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        if not options.bucket:
+            raise SettingsError(
+                "no bucket given: name it with --bucket, or set MODEL_BUCKET_NAME. Example: --bucket model-storage"
+            )
+        client = connect(load_storage_settings(), connections=options.connections)
+        result: int = options.command(Bucket(client, options.bucket), options)
+    except SettingsError as error:
+        return _fail(options, error, USAGE)
+    except WeightsError as error:
+        return _fail(options, error, FAILED)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half done", file=sys.stderr)
+        return INTERRUPTED
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m weights",
+        description="Look at, load, pull, verify and roll back the models of a bucket. The bucket's server and keys "
+        "come from AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--bucket",
+        default=os.environ.get("MODEL_BUCKET_NAME"),
+        help="the bucket that holds the models (default: MODEL_BUCKET_NAME)",
+    )
+    common.add_argument(
+        "--json", action="store_true", help="print one JSON document instead of text"
+    )
+    common.add_argument(
+        "-c",
+        "--connections",
+        type=_count,
+        default=DEFAULT_CONNECTIONS,
+        help="reads at once (default: %(default)s)",
+    )
+    one_version = argparse.ArgumentParser(add_help=False)
+    one_version.add_argument("model_path", metavar="MODEL_PATH")
+    one_version.add_argument("--version", help="a version (default: the one latest.json names)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, parents: list[argparse.ArgumentParser], help: str) -> Any:
+        added = commands.add_parser(name, parents=parents, help=help, description=help)
+        added.set_defaults(command=command)
+        return added
+
+    ls = add("ls", _ls, [common], "list the models of the bucket, or the versions of one")
+    ls.add_argument("model_path", metavar="MODEL_PATH", nargs="?")
+    add(
+        "load",
+        _load,
+        [common, one_version],
+        "read a whole model into memory, verify it, report the rate",
+    )
+    to_folder = add(
+        "pull", _pull, [common, one_version], "write a model to a plain diffusers folder"
+    )
+    to_folder.add_argument("--to", metavar="DIR", type=Path, required=True)
+    add(
+        "verify",
+        _verify,
+        [common, one_version],
+        "compare every byte in the bucket with the manifest",
+    )
+    roll = add("activate", _activate, [common], "make a version the one readers get: the roll-back")
+    roll.add_argument("model_path", metavar="MODEL_PATH")
+    roll.add_argument("version", metavar="VERSION")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 256:
+        raise argparse.ArgumentTypeError("must be 1 to 256")
+    return value
+
+
+def _ls(bucket: Bucket, options: argparse.Namespace) -> int:
+    if options.model_path is None:
+        models = list_models(bucket)
+        lines = models or [f"no published model in bucket {bucket.name}"]
+        return _report(options, {"bucket": bucket.name, "models": models}, lines)
+    versions = list_versions(bucket, options.model_path.strip("/"))
+    lines = [
+        f"{'*' if found.active else ' '} {found.version}  {found.published:%Y-%m-%d %H:%M}  "
+        f"{_size(found.bytes):>9}  {found.problem or _source(found.source)}"
+        for found in versions
+    ]
+    document = [vars(found) | {"published": found.published.isoformat()} for found in versions]
+    return _report(options, {"bucket": bucket.name, "versions": document}, lines)
+
+
+def _load(bucket: Bucket, options: argparse.Namespace) -> int:
+    snapshot = _snapshot(bucket, options)
+    tensors = 0
+    with ModelStream(bucket, snapshot, connections=options.connections) as stream:
+        stream.configs()
+        with _progress(options, "load", snapshot.total_bytes) as on_bytes:
+            seen = 0
+            held = []  # the whole model stays in memory, as it would in a server
+            for tensor in stream.tensors():
+                held.append(tensor)
+                tensors += 1
+                on_bytes(stream.bytes_read - seen)
+                seen = stream.bytes_read
+    seconds = stream.seconds or 0.0
+    rate = snapshot.total_bytes / seconds / 1e9 if seconds else 0.0
+    document = _about(snapshot) | {
+        "tensors": tensors,
+        "seconds": round(seconds, 4),
+        "gigabytes_per_second": round(rate, 4),
+        "verified": snapshot.verifiable,
+    }
+    how = "every byte verified" if snapshot.verifiable else "sizes and ETags compared, no digests"
+    return _report(
+        options,
+        document,
+        [
+            f"{snapshot.model_path} {snapshot.version}",
+            f"{_size(snapshot.total_bytes)} in {seconds:.2f} s, {rate:.2f} GB/s, {tensors} tensors; {how}",
+        ],
+    )
+
+
+def _pull(bucket: Bucket, options: argparse.Namespace) -> int:
+    snapshot = _snapshot(bucket, options)
+    with _progress(options, "pull", snapshot.total_bytes) as on_bytes:
+        pull(bucket, snapshot, options.to, connections=options.connections, on_bytes=on_bytes)
+    return _report(
+        options,
+        _about(snapshot) | {"folder": str(options.to), "verified": snapshot.verifiable},
+        [
+            f"{snapshot.model_path} {snapshot.version}: {_size(snapshot.total_bytes)} in {options.to}"
+        ],
+    )
+
+
+def _verify(bucket: Bucket, options: argparse.Namespace) -> int:
+    snapshot = _snapshot(bucket, options)
+    with _progress(options, "verify", snapshot.total_bytes) as on_bytes:
+        report = verify(bucket, snapshot, connections=options.connections, on_bytes=on_bytes)
+    wrong = len(report.problems)
+    verdict = (
+        f"{wrong} of {len(snapshot.files)} files are not what was published"
+        if wrong
+        else f"{len(snapshot.files)} files, {_size(snapshot.total_bytes)}: every byte is what was published"
+    )
+    return _report(
+        options,
+        _about(snapshot) | {"verified": not wrong, "problems": report.problems},
+        [*report.problems, f"{snapshot.model_path} {snapshot.version}: {verdict}"],
+        FAILED if wrong else OK,
+    )
+
+
+def _activate(bucket: Bucket, options: argparse.Namespace) -> int:
+    model_path = options.model_path.strip("/")
+    activate(bucket, model_path, options.version)
+    return _report(
+        options,
+        {"model": model_path, "version": options.version, "active": True},
+        [f"{model_path} now serves {options.version}"],
+    )
+
+
+def _snapshot(bucket: Bucket, options: argparse.Namespace) -> Snapshot:
+    return find_snapshot(bucket, options.model_path.strip("/"), options.version)
+
+
+def _about(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "model": snapshot.model_path,
+        "version": snapshot.version,
+        "bytes": snapshot.total_bytes,
+        "files": len(snapshot.files),
+    }
+
+
+@contextmanager
+def _progress(options: argparse.Namespace, what: str, total: int) -> Iterator[Progress]:
+    """A bar on standard error while it is a terminal, so that standard output stays the result alone."""
+    quiet = options.json or not sys.stderr.isatty()
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+
+        def on_bytes(count: int) -> None:
+            bar.update(count)
+
+        yield on_bytes
+
+
+def _report(
+    options: argparse.Namespace, document: dict[str, Any], lines: list[str], status: int = OK
+) -> int:
+    print(json.dumps(document, indent=1) if options.json else "\n".join(lines))
+    return status
+
+
+def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({"error": str(error)}))
+    return status
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _source(source: dict[str, Any] | None) -> str:
+    known = source or {}
+    return "  ".join(
+        str(known[name]) for name in ("repo", "revision", "licence") if known.get(name)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""A model's folder on a local disk: which of its files are published, and their digests."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from weights.digests import Progress, describe_file
+from weights.errors import FolderError
+from weights.manifest import LATEST_NAME, MANIFEST_NAME, FileEntry, is_pickle
+
+
+def hash_folder(
+    folder: Path, *, jobs: int = 8, on_bytes: Progress | None = None
+) -> tuple[FileEntry, ...]:
+    """The entries of every file under `folder`, ordered by path. `on_bytes` is told of bytes as they are hashed.
+
+    Hidden files are left out, and so is a manifest that `pull` left there. Raises FolderError for what must not be
+    published: a pickle, a link that leads out of the folder, a name S3 or another system could misread.
+    """
+    files = publishable_files(folder)
+    with ThreadPoolExecutor(jobs, thread_name_prefix="hash") as pool:
+        futures = [pool.submit(_describe, folder / path, path, on_bytes) for path in files]
+        try:
+            return tuple(future.result() for future in futures)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def publishable_files(folder: Path) -> list[str]:
+    """The paths, relative to `folder` and sorted, of the files that would be published. Raises FolderError."""
+    if not folder.is_dir():
+        raise FolderError(f"cannot publish {folder}: it is not a folder")
+    root = folder.resolve()
+    paths = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(parent, name)
+            path = file.relative_to(root).as_posix()
+            if name.startswith(".") or path in (MANIFEST_NAME, LATEST_NAME):
+                continue
+            if is_pickle(path):
+                raise FolderError(
+                    f"cannot publish {folder / path}: it may hold a pickle, which runs code when it is opened. "
+                    "Convert it to safetensors, or take it out of the folder"
+                )
+            if not file.resolve().is_relative_to(root):
+                raise FolderError(
+                    f"cannot publish {folder / path}: it is a link to {file.resolve()}, outside the folder. "
+                    "Copy the file into the folder"
+                )
+            paths.append(path)
+    if not paths:
+        raise FolderError(f"cannot publish {folder}: it holds no files")
+    return sorted(paths)
+
+
+def _describe(file: Path, path: str, on_bytes: Progress | None) -> FileEntry:
+    try:
+        return describe_file(file, path, on_bytes)
+    except OSError as error:
+        raise FolderError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise FolderError(f"cannot publish {file}: {error}") from None

@@ -1,0 +1,66 @@
+"""What models and versions a bucket holds: for people, and the only part of this room that needs to list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from weights.bucket import Bucket
+from weights.errors import ManifestError, ModelNotFoundError
+from weights.manifest import LATEST_NAME, MANIFEST_NAME, is_version
+from weights.snapshot import read_latest, read_manifest
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """One published version; `problem` says why its manifest is refused, and size and source are then unknown."""
+
+    model_path: str
+    version: str
+    active: bool
+    published: datetime
+    bytes: int | None
+    source: dict[str, Any] | None
+    problem: str | None
+
+
+def list_models(bucket: Bucket) -> list[str]:
+    """The paths of the models that have a latest.json, sorted. Raises BucketError (this needs s3:ListBucket)."""
+    suffix = f"/{LATEST_NAME}"
+    return sorted(
+        found.key.removesuffix(suffix) for found in bucket.list("") if found.key.endswith(suffix)
+    )
+
+
+def list_versions(bucket: Bucket, model_path: str) -> list[VersionInfo]:
+    """The versions of one model, newest first. Raises ModelNotFoundError when there is none, BucketError."""
+    active = read_latest(bucket, model_path)
+    versions = sorted(
+        _versions(bucket, model_path, active), key=lambda found: found.published, reverse=True
+    )
+    if not versions:
+        raise ModelNotFoundError(
+            f"no version of {model_path!r} is published in bucket {bucket.name}. "
+            "`python -m weights ls` lists the models there are"
+        )
+    return versions
+
+
+def _versions(bucket: Bucket, model_path: str, active: str | None) -> Iterator[VersionInfo]:
+    for found in bucket.list(f"{model_path}/"):
+        version, _, name = found.key.removeprefix(f"{model_path}/").partition("/")
+        if name != MANIFEST_NAME or not is_version(version):
+            continue
+        size = source = problem = None
+        try:
+            manifest = read_manifest(bucket, model_path, version)
+        except (ManifestError, ModelNotFoundError) as error:
+            problem = str(error)
+        else:
+            size = manifest.total_bytes
+            source = manifest.recipe.get("source")
+        yield VersionInfo(
+            model_path, version, version == active, found.modified, size, source, problem
+        )
