@@ -19,3 +19,7 @@ class DeviceError(DiffusionError):
 
 class OutOfMemoryError(DiffusionError):
     """The device ran out of memory on one image. What it took is freed, and the engine goes on."""
+
+
+class NonFiniteError(DiffusionError):
+    """An image came out as NaN or infinity, which would have been shown as plain black."""

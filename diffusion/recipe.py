@@ -198,7 +198,7 @@ def read_config(configs: Mapping[str, bytes], path: str) -> dict[str, Any]:
 def _saved_dtype(text_encoder: Mapping[str, Any]) -> Dtype:
     """Only transformers notes the dtype its files were saved in, under either of two names."""
     saved = text_encoder.get("dtype") or text_encoder.get("torch_dtype")
-    return saved if saved in get_args(Dtype) else "float32"
+    return next((dtype for dtype in get_args(Dtype) if dtype == saved), "float32")
 
 
 def _native_size(configs: Mapping[str, bytes]) -> int:

@@ -1,0 +1,137 @@
+"""The parts of an SDXL pipeline, from a model's config files: modules without weights, tokenizers, a scheduler.
+
+Only the classes named here are ever built: a config chooses among them and cannot make anything else be imported.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import diffusers
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
+
+from diffusion.errors import ModelError
+from diffusion.recipe import SchedulerRecipe, read_config
+
+MODULES: dict[str, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+_CLASS_NAMES = {
+    **{name: (module.__name__,) for name, module in MODULES.items()},
+    # The "fast" name is what older files say; transformers 5 has one class under both.
+    **dict.fromkeys(TOKENIZERS, ("CLIPTokenizer", "CLIPTokenizerFast")),
+}
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def check_components(configs: Mapping[str, bytes]) -> None:
+    """Raise `ModelError` unless model_index.json names, for every part, a class that this room builds."""
+    index = read_config(configs, "model_index.json")
+    for name, allowed in _CLASS_NAMES.items():
+        entry = index.get(name)
+        class_name = entry[-1] if isinstance(entry, list) and entry else entry
+        if class_name not in allowed:
+            raise ModelError(
+                f"model_index.json of the model asks for {name} to be {entry!r}; only {allowed[0]} is supported. "
+                "Publish a StableDiffusionXLPipeline made of stock parts."
+            )
+
+
+def build_module(name: str, configs: Mapping[str, bytes]) -> nn.Module:
+    """One of `MODULES` from its config.json, its parameters on the meta device, its computed buffers real."""
+    path = f"{name}/config.json"
+    config = read_config(configs, path)
+    if config.get("quantization_config"):
+        raise ModelError(f"{path} says the weights are quantized; publish the model in plain fp16.")
+    module_class = MODULES[name]
+    try:
+        # Buffers that no file holds (CLIP's position ids) are computed by the constructor, so they must be real.
+        with init_empty_weights(include_buffers=False):
+            module: nn.Module = (
+                module_class(_clip_config(config))
+                if issubclass(module_class, PreTrainedModel)
+                else module_class.from_config(config)
+            )
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ModelError(
+            f"No {module_class.__name__} can be built from {path} of the model ({type(e).__name__}: {e}). "
+            "Compare it with the original's."
+        ) from e
+    module.eval().requires_grad_(False)
+    return module
+
+
+def _clip_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+    # A config may name the attention code to run, downloaded kernels included; the stock default is the only one here.
+    plain = {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in ("attn_implementation", "auto_map")
+    }
+    return CLIPTextConfig.from_dict(plain, attn_implementation="sdpa")
+
+
+def build_tokenizer(name: str, configs: Mapping[str, bytes]) -> CLIPTokenizer:
+    """A CLIP tokenizer from its few small files, which its class reads only from a folder."""
+    files = {
+        file: configs[path] for file in _TOKENIZER_FILES if (path := f"{name}/{file}") in configs
+    }
+    if not files.keys() & {"vocab.json", "tokenizer.json"}:
+        raise ModelError(
+            f"The model has no {name}/vocab.json; publish a complete diffusers folder."
+        )
+    try:
+        with TemporaryDirectory(prefix="tokenizer-") as folder:
+            for file, content in files.items():
+                Path(folder, file).write_bytes(content)
+            tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # the Rust tokenizers raise no narrower one for a malformed file
+        raise ModelError(
+            f"The files under {name}/ of the model make no CLIP tokenizer ({type(e).__name__}: {e}). "
+            "Compare them with the original's."
+        ) from e
+    return tokenizer
+
+
+def build_scheduler(recipe: SchedulerRecipe, configs: Mapping[str, bytes]) -> Any:
+    """The recipe's scheduler: the folder's own config, with what the recipe sets put over it."""
+    config = read_config(configs, "scheduler/scheduler_config.json") | recipe.config
+    # `SchedulerRecipe` holds class_name to a closed list of diffusers' own.
+    scheduler_class = getattr(diffusers, recipe.class_name)
+    try:
+        return scheduler_class.from_config(config)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as e:
+        raise ModelError(
+            f"No {recipe.class_name} can be built from the model's scheduler_config.json and its recipe's "
+            f"{json.dumps(recipe.config)} ({type(e).__name__}: {e})."
+        ) from e

@@ -1,0 +1,216 @@
+"""Runs the pipeline: prompt to embeddings, embeddings to latents, latents to an image, one image at a time.
+
+The parts and their arithmetic are stock diffusers', so the pixels are too. Encoding images into files is not done here.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from diffusion.errors import NonFiniteError, OutOfMemoryError
+from diffusion.recipe import Recipe
+from diffusion.request import GenerationRequest, Plan, plan
+from diffusion.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Engine", "GeneratedImage", "GenerationRequest"]
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One image, what made it, and the seconds each stage took.
+
+    Stages: "wait" for the device, "prompt" (0 but for a request's first image, whose embeddings the others share),
+    "denoise", "decode".
+    """
+
+    image: Image.Image
+    seed: int
+    steps: int
+    guidance_scale: float
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Embeddings:
+    """What the text encoders made of a request; the negative half is None without guidance."""
+
+    prompt: torch.Tensor  # (1, 77, 2048)
+    negative_prompt: torch.Tensor | None
+    pooled: torch.Tensor  # (1, 1280)
+    negative_pooled: torch.Tensor | None
+
+
+class Engine:
+    """Generates images on one device, for any number of threads, one image at a time and first come, first served."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, recipe: Recipe) -> None:
+        self._pipeline = pipeline
+        self._recipe = recipe
+        self._device: torch.device = pipeline.unet.device
+        self._turns = Turns()
+        halvings = len(pipeline.unet.config.block_out_channels) - 1
+        self._size_multiple: int = pipeline.vae_scale_factor * 2**halvings
+
+    @property
+    def recipe(self) -> Recipe:
+        return self._recipe
+
+    def generate(self, request: GenerationRequest) -> Iterator[GeneratedImage]:
+        """The request's images, each made when it is asked for.
+
+        The request is checked at once, before the first image: `RequestError` says what this checkpoint cannot do.
+        While iterating, `OutOfMemoryError` and `NonFiniteError` end the request and leave the engine able.
+        """
+        return self._images(plan(request, self._recipe, size_multiple=self._size_multiple))
+
+    def warm_up(self) -> float:
+        """Generate one image at the native size, so that no caller pays for the first use; returns the seconds."""
+        started = time.perf_counter()
+        request = GenerationRequest(
+            prompt="warm-up",
+            width=self._recipe.native_size,
+            height=self._recipe.native_size,
+            # One step runs every kernel there is, where the checkpoint can do one.
+            steps=1 if self._recipe.steps is None else min(self._recipe.steps),
+            seed=0,
+        )
+        for _ in self.generate(request):
+            pass
+        return time.perf_counter() - started
+
+    def _images(self, plan: Plan) -> Iterator[GeneratedImage]:
+        embeddings: _Embeddings | None = None
+        for seed in plan.seeds:
+            asked = time.perf_counter()
+            # A turn is one image, not one request: between two of ours, others get theirs.
+            with self._turns:
+                timings = {"wait": time.perf_counter() - asked, "prompt": 0.0}
+                image, embeddings = self._image(plan, seed, embeddings, timings)
+            yield GeneratedImage(image, seed, plan.steps, plan.guidance_scale, timings)
+
+    def _image(
+        self, plan: Plan, seed: int, embeddings: _Embeddings | None, timings: dict[str, float]
+    ) -> tuple[Image.Image, _Embeddings]:
+        try:
+            with torch.inference_mode():
+                if embeddings is None:
+                    with self._timed(timings, "prompt"):
+                        embeddings = self._encode(plan)
+                with self._timed(timings, "denoise"):
+                    latents = self._denoise(plan, embeddings, seed)
+                with self._timed(timings, "decode"):
+                    return self._decode(latents, seed), embeddings
+        except RuntimeError as error:
+            if not _ran_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Only here, with the exception gone, are its frames and their tensors gone too, and their memory to be had.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(
+            f"The device {self._device} ran out of memory on one image of {plan.width}x{plan.height} ({reason}). "
+            "Ask for a smaller size, or give the model a card with more memory."
+        )
+
+    def _encode(self, plan: Plan) -> _Embeddings:
+        self._log_dropped_tokens("prompt", plan.prompt)
+        guided = plan.guidance_scale > 1 and self._pipeline.unet.config.time_cond_proj_dim is None
+        if guided and plan.negative_prompt is not None:
+            self._log_dropped_tokens("negative_prompt", plan.negative_prompt)
+        prompt, negative_prompt, pooled, negative_pooled = self._pipeline.encode_prompt(
+            prompt=plan.prompt,
+            negative_prompt=plan.negative_prompt,
+            device=self._device,
+            do_classifier_free_guidance=guided,
+        )
+        return _Embeddings(prompt, negative_prompt, pooled, negative_pooled)
+
+    def _denoise(self, plan: Plan, embeddings: _Embeddings, seed: int) -> torch.Tensor:
+        # Alone in its batch: kernels choose their order of summation by shape, so in company an image would differ in
+        # its last bits from the one its seed gives alone.
+        pipeline = self._pipeline
+        # A scheduler counts its steps and remembers past ones; an image that failed must not hand those on.
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        latents: torch.Tensor = pipeline(
+            prompt_embeds=embeddings.prompt,
+            negative_prompt_embeds=embeddings.negative_prompt,
+            pooled_prompt_embeds=embeddings.pooled,
+            negative_pooled_prompt_embeds=embeddings.negative_pooled,
+            width=plan.width,
+            height=plan.height,
+            num_inference_steps=plan.steps,
+            guidance_scale=plan.guidance_scale,
+            # Noise from the CPU is the same on every card.
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+        ).images
+        return latents
+
+    def _decode(self, latents: torch.Tensor, seed: int) -> Image.Image:
+        """The last part of the stock pipeline's call, with a look at the result before it becomes bytes."""
+        vae = self._pipeline.vae
+        scaled = latents.to(vae.dtype)
+        mean, std = vae.config.latents_mean, vae.config.latents_std
+        if mean is not None and std is not None:
+            # In the order stock diffusers computes it, so that the rounding is the same.
+            shape = (1, -1, 1, 1)
+            scaled = scaled * scaled.new_tensor(std).view(shape) / vae.config.scaling_factor
+            scaled = scaled + scaled.new_tensor(mean).view(shape)
+        else:
+            scaled = scaled / vae.config.scaling_factor
+        pixels = vae.decode(scaled, return_dict=False)[0]
+        if not torch.isfinite(pixels).all():
+            raise NonFiniteError(_explain_non_finite(latents, vae.dtype, seed))
+        image: Image.Image = self._pipeline.image_processor.postprocess(pixels, output_type="pil")[
+            0
+        ]
+        return image
+
+    def _log_dropped_tokens(self, name: str, text: str) -> None:
+        tokenizer = self._pipeline.tokenizer
+        tokens = len(tokenizer(text).input_ids)
+        if tokens > tokenizer.model_max_length:
+            logger.warning(
+                "The %s is %d tokens long: the last %d were dropped, since CLIP reads only %d.",
+                name,
+                tokens,
+                tokens - tokenizer.model_max_length,
+                tokenizer.model_max_length,
+            )
+
+    @contextmanager
+    def _timed(self, timings: dict[str, float], stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # kernels run on after their launch returns
+        timings[stage] = time.perf_counter() - started
+
+
+def _ran_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator and cuBLAS have no error class of their own for it.
+    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def _explain_non_finite(latents: torch.Tensor, vae_dtype: torch.dtype, seed: int) -> str:
+    if not torch.isfinite(latents).all():
+        return (
+            f"Denoising seed {seed} gave latents with NaN or infinity (in {latents.dtype}), which would decode to a "
+            "black image. Run the model in bfloat16 or float32, and check the weights it was published from."
+        )
+    fix = (
+        "SDXL's own VAE overflows in float16: publish the model with madebyollin/sdxl-vae-fp16-fix as its vae, or "
+        "run it in bfloat16"
+        if vae_dtype == torch.float16
+        else "Check the VAE the model was published with"
+    )
+    return f"Decoding seed {seed} gave NaN or infinity (VAE in {vae_dtype}), which would be a black image. {fix}."

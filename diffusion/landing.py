@@ -1,0 +1,189 @@
+"""Puts streamed tensors into modules that have none yet, one by one as they arrive, and says what did not fit."""
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import CLIPTextModel
+
+from diffusion.errors import ModelError
+
+# As the safetensors format spells them. Scaled formats (fp8 and below) mean nothing without their scales.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# torch's own allocator aligns to this. Vector kernels may sum in another order from an odd address, and the same seed
+# has to give the same image whatever address the reader's buffer had.
+_ALIGNMENT = 64
+
+_NAMED = 3  # examples of each problem in a message
+
+
+class LandedTensor(Protocol):
+    """One tensor in memory, as the weights room hands it over. `data` belongs to whoever takes it."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def data(self) -> bytearray | memoryview: ...
+
+
+@dataclass
+class _Slot:
+    """A place in a module for one tensor."""
+
+    owner: nn.Module
+    attribute: str
+    shape: torch.Size
+    dtype: torch.dtype
+    filled_from: str | None = None
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        if isinstance(getattr(self.owner, self.attribute), nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(self.owner, self.attribute, tensor)
+
+
+@dataclass
+class Problems:
+    """Everything that did not fit, so that one message tells all of it."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+
+    def raise_if_any(self) -> None:
+        found = [
+            f"{len(examples)} {what} ({'; '.join(examples[:_NAMED])}{'; …' * (len(examples) > _NAMED)})"
+            for what, examples in (
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("of the wrong shape or type", self.misshapen),
+                ("found twice", self.repeated),
+            )
+            if examples
+        ]
+        if found:
+            advice = (
+                "Keep one variant of each weight file in the folder"
+                if self.repeated
+                else "Publish the model again from a complete diffusers folder"
+            )
+            raise ModelError(
+                f"The model's tensors do not fit its configs: {', '.join(found)}. {advice}."
+            )
+
+
+class Landing:
+    """One module waiting for its tensors; `device` and `dtype` are what they become (integers keep their type)."""
+
+    def __init__(
+        self, folder: str, module: nn.Module, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._folder = folder
+        self._device = device
+        self._module = module
+        self._slots = dict(_slots(module, dtype))
+        # Older files carry CLIP's position ids, which newer modules compute: expected, and not needed.
+        self._computed = {name for name, _ in module.named_buffers()} - self._slots.keys()
+        self._aliases = _aliases(module, self._slots.keys() | self._computed)
+
+    def take(self, landed: LandedTensor, problems: Problems) -> None:
+        """Make `landed` a parameter of the module, or note why not. Keeps no other reference to its memory."""
+        place = f"{landed.path}: {landed.name}"
+        name = self._aliases.get(landed.name, landed.name)
+        if name not in self._slots:
+            if name not in self._computed:
+                problems.unexpected.append(place)
+            return
+        slot = self._slots[name]
+        if slot.filled_from is not None:
+            problems.repeated.append(f"{place}, after {slot.filled_from}")
+        elif tuple(landed.shape) != tuple(slot.shape):
+            problems.misshapen.append(
+                f"{place} is {list(landed.shape)}, its config wants {list(slot.shape)}"
+            )
+        elif landed.dtype not in _DTYPES:
+            problems.misshapen.append(f"{place} is {landed.dtype}, which is not supported")
+        else:
+            slot.fill(_on_device(landed, place, self._device, slot.dtype))
+            slot.filled_from = landed.path
+
+    def finish(self, problems: Problems) -> None:
+        """Note what never came, and bring the computed buffers to the device."""
+        for name, slot in self._slots.items():
+            if slot.filled_from is None:
+                problems.missing.append(f"{self._folder}/: {name}")
+        for module in self._module.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(self._device))
+
+
+def _slots(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, _Slot]]:
+    # What a class keeps in float32 whatever it is loaded as, by the name of any part of the path (as diffusers does).
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in module.state_dict().items():
+        parent, _, attribute = name.rpartition(".")
+        slot_dtype = torch.float32 if kept & set(name.split(".")) else dtype
+        yield name, _Slot(module.get_submodule(parent), attribute, tensor.shape, slot_dtype)
+
+
+def _aliases(module: nn.Module, names: Set[str]) -> dict[str, str]:
+    """Names that files use for what the installed classes call otherwise, as the libraries' own loaders map them."""
+    aliases: dict[str, str] = {}
+    if isinstance(module, CLIPTextModel):
+        # transformers 5 dropped this level from the class; published files all have it.
+        aliases |= {f"text_model.{name}": name for name in names}
+    for path, block in module.named_modules():
+        # VAEs saved before diffusers 0.15 or so, when its attention block was another class.
+        if getattr(block, "_from_deprecated_attn_block", False):
+            for old, new in (
+                ("query", "to_q"),
+                ("key", "to_k"),
+                ("value", "to_v"),
+                ("proj_attn", "to_out.0"),
+            ):
+                aliases |= {
+                    f"{path}.{old}.{end}": f"{path}.{new}.{end}" for end in ("weight", "bias")
+                }
+    return aliases
+
+
+def _on_device(
+    landed: LandedTensor, place: str, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """The tensor on its device, in `dtype` if it is a floating one.
+
+    On the CPU in the file's own dtype it stays in the reader's memory, so that loading needs no second copy.
+    """
+    try:
+        tensor = torch.frombuffer(landed.data, dtype=_DTYPES[landed.dtype]).view(landed.shape)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"The bytes of {place} are not {list(landed.shape)} numbers of {landed.dtype} ({error}). "
+            "Publish the model again."
+        ) from error
+    tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    if tensor.data_ptr() % _ALIGNMENT:
+        return tensor.clone()
+    return tensor

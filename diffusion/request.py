@@ -1,0 +1,128 @@
+"""What a caller may ask of a checkpoint, and what it will then be given. Decides only; imports no torch."""
+
+import logging
+import math
+import secrets
+from dataclasses import dataclass
+
+from diffusion.errors import RequestError
+from diffusion.recipe import MAX_STEPS, Recipe
+
+logger = logging.getLogger(__name__)
+
+SEEDS = 2**63
+
+# CLIP reads 77 tokens, some 300 characters. This leaves room for any prompt a person writes, and keeps a 10 MB one away
+# from the tokenizers, which would read all of it before dropping it.
+MAX_PROMPT_CHARACTERS = 10_000
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One caller's wish. None means: whatever the checkpoint does best (and for the seed, a random one).
+
+    Sizes are in pixels. Image k of `num_outputs` uses seed + k, and is exactly the image that seed gives alone.
+    """
+
+    prompt: str
+    width: int
+    height: int
+    negative_prompt: str = ""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    num_outputs: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that the checkpoint can fulfil, with nothing left open."""
+
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    seeds: tuple[int, ...]
+
+
+def plan(request: GenerationRequest, recipe: Recipe, *, size_multiple: int) -> Plan:
+    """Check a request against what the checkpoint can do, and fill in what it leaves open.
+
+    Raises `RequestError` naming the field, what it holds and what it may hold.
+    """
+    _check_prompt("prompt", request.prompt)
+    if not request.prompt.strip():
+        raise RequestError("prompt is empty; say what the image should show.")
+    _check_prompt("negative_prompt", request.negative_prompt)
+    for name, pixels in (("width", request.width), ("height", request.height)):
+        _check_side(name, pixels, 2 * recipe.native_size, size_multiple)
+    if request.num_outputs < 1:
+        raise RequestError(f"num_outputs is {request.num_outputs}; ask for at least 1 image.")
+    return Plan(
+        prompt=request.prompt,
+        # SDXL was trained with zeros, not with the encoding of "", where there is nothing to avoid; None gives those.
+        negative_prompt=request.negative_prompt if request.negative_prompt.strip() else None,
+        width=request.width,
+        height=request.height,
+        steps=_steps(request.steps, recipe),
+        guidance_scale=_guidance_scale(request, recipe),
+        seeds=_seeds(request.seed, request.num_outputs),
+    )
+
+
+def _check_prompt(name: str, text: str) -> None:
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise RequestError(
+            f"{name} has {len(text):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most that is accepted, and CLIP "
+            "reads only the first 77 tokens, about 50 words."
+        )
+
+
+def _check_side(name: str, pixels: int, largest: int, multiple: int) -> None:
+    if not 0 < pixels <= largest:
+        raise RequestError(f"{name} is {pixels} pixels; this model makes 1 to {largest}.")
+    if pixels % multiple:
+        nearest = max(1, round(pixels / multiple)) * multiple
+        raise RequestError(
+            f"{name} is {pixels} pixels; this model makes multiples of {multiple}, such as {nearest}."
+        )
+
+
+def _steps(asked: int | None, recipe: Recipe) -> int:
+    if asked is None:
+        return recipe.default_steps
+    if recipe.steps is not None and asked not in recipe.steps:
+        able = " or ".join(str(count) for count in sorted(recipe.steps))
+        raise RequestError(
+            f"num_inference_steps is {asked}; this checkpoint was distilled for {able} and can do no other."
+        )
+    if not 1 <= asked <= MAX_STEPS:
+        raise RequestError(
+            f"num_inference_steps is {asked}; this checkpoint does 1 to {MAX_STEPS}."
+        )
+    return asked
+
+
+def _guidance_scale(request: GenerationRequest, recipe: Recipe) -> float:
+    asked = request.guidance_scale
+    if asked is not None and not (math.isfinite(asked) and asked >= 0):
+        raise RequestError(f"guidance_scale is {asked}; it must be a number from 0 up.")
+    if not recipe.guidance_free:
+        return recipe.guidance_scale if asked is None else asked
+    if asked is not None and asked != recipe.guidance_scale:
+        logger.info(
+            "Ignoring guidance_scale %g: this checkpoint was distilled without guidance and runs at %g.",
+            asked,
+            recipe.guidance_scale,
+        )
+    return recipe.guidance_scale
+
+
+def _seeds(first: int | None, count: int) -> tuple[int, ...]:
+    if first is None:
+        first = secrets.randbelow(SEEDS)
+    if not 0 <= first < SEEDS:
+        raise RequestError(f"seed is {first}; it must be from 0 to {SEEDS - 1}.")
+    return tuple((first + k) % SEEDS for k in range(count))
