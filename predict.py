@@ -1,0 +1,307 @@
+"""The Cog Runner: what a caller may ask for, and the way of a request through the rooms.
+
+Everything is known here by name and nothing in detail: bytes are `weights/`, tensors `diffusion/`, files and URLs
+`images/`. Only light modules are imported at the top, so that the weights are on their way before torch is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from cog import BaseRunner, Input, concurrent
+
+from diffusion.errors import DiffusionError
+from diffusion.recipe import Recipe
+from diffusion.request import GenerationRequest
+from diffusion.sizes import size_for
+from images.encode import encode
+from images.errors import ImagesError
+from images.store import ImageStore
+from s3 import connect
+from settings import RunnerSettings, SettingsError, load_runner_settings
+from weights import Bucket, LandedTensor, ModelStream, WeightsError, open_model
+
+if TYPE_CHECKING:
+    from diffusion.engine import Engine, GeneratedImage
+
+ASPECT_RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
+OUTPUT_FORMATS = ["png", "webp", "jpg"]
+
+UPLOAD_CONNECTIONS = 8
+PROGRESS_SECONDS = 2.0  # between two lines about the weights in the setup log
+
+# Their messages stand alone: they say what was being done, to which object, and what to try.
+EXPECTED_ERRORS = (SettingsError, WeightsError, DiffusionError, ImagesError)
+
+logger = logging.getLogger("predict")
+
+
+class Runner(BaseRunner):
+    """Serves one model from one bucket, and puts the images into another."""
+
+    settings: RunnerSettings
+    engine: Engine
+    store: ImageStore
+    model_version: str
+
+    def setup(self) -> None:
+        """Stream the weights in, and build the pipeline around them while they arrive.
+
+        Raises SettingsError, WeightsError or DiffusionError, whose message Cog shows under /health-check.
+        """
+        _log_to_standard_error()
+        with _unexpected_errors_logged("setup"):
+            self.settings = load_runner_settings()
+            client = connect(
+                self.settings, connections=self.settings.read_connections + UPLOAD_CONNECTIONS
+            )
+            self.store = ImageStore(
+                client,
+                self.settings.image_bucket,
+                self.settings.image_prefix,
+                self.settings.image_url_lifetime,
+                self.settings.public_base_url,
+            )
+            bucket = Bucket(client, self.settings.model_bucket)
+            with open_model(
+                bucket,
+                self.settings.model_path,
+                self.settings.model_version,
+                connections=self.settings.read_connections,
+            ) as stream:
+                self.model_version = stream.version
+                self.engine = _build_engine(stream, self.settings)
+
+    # Two at a time: one request's images are encoded and uploaded while the device works for the other.
+    @concurrent(max=2)
+    async def run(
+        self,
+        prompt: str = Input(description="What the image should show, in up to 10,000 characters"),
+        negative_prompt: str = Input(
+            description="What to keep out of it; models distilled without guidance (SDXL-Lightning) ignore it",
+            default="",
+        ),
+        aspect_ratio: str = Input(
+            description="Width to height. 1:1 is 1024x1024 for SDXL; the others have about the same area",
+            choices=ASPECT_RATIOS,
+            default="1:1",
+        ),
+        guidance_scale: float | None = Input(
+            description="How closely to follow the prompt; models distilled without guidance (SDXL-Lightning) ignore it",
+            ge=0,
+            le=50,
+            default=None,
+        ),
+        num_inference_steps: int | None = Input(
+            description="Denoising steps; a distilled model does only the counts it was made for (SDXL-Lightning: 4)",
+            ge=1,
+            le=50,
+            default=None,
+        ),
+        max_sequence_length: int = Input(
+            description="Accepted for compatibility and ignored: SDXL's text encoders read 77 tokens",
+            ge=1,
+            le=512,
+            default=512,
+        ),
+        seed: int | None = Input(
+            description="Gives the same image again; random by default. Image k of a request uses seed + k",
+            ge=0,
+            le=9223372036854775807,
+            default=None,
+        ),
+        output_format: str = Input(
+            description="The images' file format", choices=OUTPUT_FORMATS, default="png"
+        ),
+        output_quality: int = Input(
+            description="From 0 to 100, for webp and jpg; png keeps every pixel and ignores it",
+            ge=0,
+            le=100,
+            default=80,
+        ),
+        num_outputs: int = Input(description="How many images to make", ge=1, le=4, default=1),
+    ) -> list[str]:
+        """Generate images and return their URLs, in the order of their seeds."""
+        with _unexpected_errors_logged("a prediction"):
+            del max_sequence_length  # accepted, and of no effect
+            width, height = size_for(aspect_ratio, self.engine.recipe.native_size)
+            request = GenerationRequest(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                width=width,
+                height=height,
+                steps=_whole(num_inference_steps),
+                guidance_scale=guidance_scale,
+                seed=_whole(seed),
+                num_outputs=int(num_outputs),
+            )
+            return await self._answer(request, output_format, int(output_quality))
+
+    async def _answer(
+        self, request: GenerationRequest, output_format: str, output_quality: int
+    ) -> list[str]:
+        """Generate the images one after another, each encoded and uploaded beside the next one's denoising."""
+        prediction_id = _prediction_id()
+        images = self.engine.generate(request)
+        seeds: list[int] = []
+        timings: dict[str, float] = {}
+        uploads: list[asyncio.Task[tuple[str, dict[str, float]]]] = []
+        try:
+            while image := await asyncio.to_thread(next, images, None):
+                seeds.append(image.seed)
+                _add(timings, image.timings)
+                finish = asyncio.to_thread(
+                    self._finish,
+                    image,
+                    request,
+                    output_format,
+                    output_quality,
+                    prediction_id,
+                    len(uploads),
+                )
+                uploads.append(asyncio.create_task(finish))
+            # All of them, also when one fails: what was generated is stored if it can be.
+            finished = await asyncio.gather(*uploads, return_exceptions=True)
+        finally:
+            for upload in uploads:
+                upload.cancel()
+        urls = []
+        for result in finished:
+            if isinstance(result, BaseException):
+                raise result
+            url, seconds = result
+            urls.append(url)
+            _add(timings, seconds)
+        self.record_metric("seed", seeds[0])
+        self.record_metric("model_version", self.model_version)
+        for stage, seconds_spent in timings.items():
+            self.record_metric(f"timings.{stage}", round(seconds_spent, 4))
+        return urls
+
+    def _finish(
+        self,
+        image: GeneratedImage,
+        request: GenerationRequest,
+        output_format: str,
+        output_quality: int,
+        prediction_id: str | None,
+        index: int,
+    ) -> tuple[str, dict[str, float]]:
+        """Encode and upload one image, on a thread; return its URL and the seconds both took."""
+        started = time.perf_counter()
+        metadata = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": str(image.seed),
+            "steps": str(image.steps),
+            "guidance_scale": f"{image.guidance_scale:g}",
+            "width": str(request.width),
+            "height": str(request.height),
+            "model": self.settings.model_path,
+            "model_version": self.model_version,
+        }
+        encoded = encode(image.image, output_format, output_quality, metadata)
+        encoded_at = time.perf_counter()
+        stored = self.store.upload(
+            encoded, prediction_id=prediction_id, index=index, now=datetime.now(UTC)
+        )
+        done = time.perf_counter()
+        return stored.url, {"encode": encoded_at - started, "upload": done - encoded_at}
+
+
+def _build_engine(stream: ModelStream, settings: RunnerSettings) -> Engine:
+    """From bytes on the wire to an engine ready to generate."""
+    size = stream.total_bytes / 1e9
+    logger.info("loading %s %s, %.2f GB", settings.model_path, stream.version, size)
+    # The heavy imports, seconds of them, while the bytes flow.
+    from diffusion.build import build_pipeline
+    from diffusion.device import choose_device, choose_dtype
+    from diffusion.engine import Engine
+
+    imported = time.monotonic()
+    device = choose_device(settings.device)
+    dtype = choose_dtype(device, settings.dtype)
+    configs = stream.configs()
+    recipe = (
+        Recipe.from_configs(configs)
+        if stream.recipe is None
+        else Recipe.model_validate(stream.recipe)
+    )
+    pipeline = build_pipeline(
+        configs, _reporting_progress(stream), recipe, device=device, dtype=dtype
+    )
+    built = time.monotonic()
+    engine = Engine(pipeline, recipe)
+    # A card compiles and caches kernels at their first use; on a CPU an image would only delay READY.
+    warm_up = engine.warm_up() if device.type == "cuda" else 0.0
+    logger.info(
+        "ready on %s (%s): weights %.1f s beside imports %.1f s, built after %.1f s, warm-up %.1f s",
+        device,
+        str(dtype).removeprefix("torch."),
+        stream.seconds or 0.0,
+        imported - stream.started,
+        built - stream.started,
+        warm_up,
+    )
+    return engine
+
+
+def _reporting_progress(stream: ModelStream) -> Iterator[LandedTensor]:
+    """The stream's tensors, with a line in the setup log every few seconds."""
+    reported = time.monotonic()
+    for tensor in stream.tensors():
+        yield tensor
+        del tensor  # its memory is its consumer's; a name here would keep it while waiting
+        now = time.monotonic()
+        if now - reported >= PROGRESS_SECONDS:
+            reported = now
+            rate = stream.bytes_read / (now - stream.started)
+            left = (stream.total_bytes - stream.bytes_read) / rate if rate else 0.0
+            logger.info(
+                "weights: %.2f of %.2f GB, %.2f GB/s, %.0f s left",
+                stream.bytes_read / 1e9,
+                stream.total_bytes / 1e9,
+                rate / 1e9,
+                left,
+            )
+
+
+def _prediction_id() -> str | None:
+    """The id this prediction was asked for under. Cog 0.23 keeps it in a context variable and has no API for it."""
+    context = contextvars.copy_context()
+    return next((context[name] for name in context if name.name == "_coglet_prediction_id"), None)
+
+
+def _whole(number: float | None) -> int | None:
+    """Cog's server lets 4.0 pass for an integer, as JSON Schema does, and hands it on as a float."""
+    return None if number is None else int(number)
+
+
+def _add(total: dict[str, float], seconds: dict[str, float]) -> None:
+    for stage, spent in seconds.items():
+        total[stage] = total.get(stage, 0.0) + spent
+
+
+@contextmanager
+def _unexpected_errors_logged(doing: str) -> Iterator[None]:
+    """Cog shows an error's message alone, which is not enough for one that nobody wrote."""
+    try:
+        yield
+    except EXPECTED_ERRORS:
+        raise
+    except Exception:
+        logger.exception("unexpected error in %s", doing)
+        raise
+
+
+def _log_to_standard_error() -> None:
+    logging.basicConfig(format="%(message)s")
+    for room in ("predict", "weights", "diffusion", "images"):
+        logging.getLogger(room).setLevel(logging.INFO)
