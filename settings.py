@@ -139,6 +139,17 @@ class StorageSettings(BaseModel):
         return self
 
 
+class CommandSettings(StorageSettings):
+    """What `python -m weights` needs: the storage, and the bucket unless the command line names one."""
+
+    model_bucket: BucketName | None = _variable(
+        "MODEL_BUCKET_NAME",
+        "the private bucket that holds the models",
+        "model-storage",
+        default=None,
+    )
+
+
 class RunnerSettings(StorageSettings):
     """What the serving container needs beside the storage: which model, where images go, on which device."""
 
@@ -211,8 +222,13 @@ SettingsType = TypeVar("SettingsType", bound=StorageSettings)
 
 
 def load_storage_settings(environ: Mapping[str, str] | None = None) -> StorageSettings:
-    """The storage part alone, for command lines. Raises SettingsError."""
+    """The storage part alone. Raises SettingsError."""
     return _load(StorageSettings, os.environ if environ is None else environ)
+
+
+def load_command_settings(environ: Mapping[str, str] | None = None) -> CommandSettings:
+    """The storage and the models' bucket, for command lines. Raises SettingsError."""
+    return _load(CommandSettings, os.environ if environ is None else environ)
 
 
 def load_runner_settings(environ: Mapping[str, str] | None = None) -> RunnerSettings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from s3 import connect
-from settings import SettingsError, load_storage_settings
+from settings import SettingsError, load_command_settings
 from weights.bucket import Bucket
 from weights.digests import Progress
 from weights.errors import WeightsError
@@ -31,12 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 a wrong command line, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        if not options.bucket:
+        settings = load_command_settings()
+        name = options.bucket or settings.model_bucket
+        if not name:
             raise SettingsError(
                 "no bucket given: name it with --bucket, or set MODEL_BUCKET_NAME. Example: --bucket model-storage"
             )
-        client = connect(load_storage_settings(), connections=options.connections)
-        result: int = options.command(Bucket(client, options.bucket), options)
+        client = connect(settings, connections=options.connections)
+        result: int = options.command(Bucket(client, name), options)
     except SettingsError as error:
         return _fail(options, error, USAGE)
     except WeightsError as error:
@@ -55,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--bucket",
-        default=os.environ.get("MODEL_BUCKET_NAME"),
-        help="the bucket that holds the models (default: MODEL_BUCKET_NAME)",
+        "--bucket", help="the bucket that holds the models (default: MODEL_BUCKET_NAME)"
     )
     common.add_argument(
         "--json", action="store_true", help="print one JSON document instead of text"
