@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cog import BaseRunner, Input, concurrent
 
@@ -21,8 +21,9 @@ from diffusion.errors import DiffusionError
 from diffusion.recipe import Recipe
 from diffusion.request import GenerationRequest
 from diffusion.sizes import size_for
-from images.encode import encode
+from images.encode import Format, encode
 from images.errors import ImagesError
+from images.provenance import Provenance
 from images.store import ImageStore
 from s3 import connect
 from settings import RunnerSettings, SettingsError, load_runner_settings
@@ -142,10 +143,11 @@ class Runner(BaseRunner):
                 seed=_whole(seed),
                 num_outputs=int(num_outputs),
             )
-            return await self._answer(request, output_format, int(output_quality))
+            format = cast("Format", output_format)  # the schema admits no other
+            return await self._answer(request, format, int(output_quality))
 
     async def _answer(
-        self, request: GenerationRequest, output_format: str, output_quality: int
+        self, request: GenerationRequest, output_format: Format, output_quality: int
     ) -> list[str]:
         """Generate the images one after another, each encoded and uploaded beside the next one's denoising."""
         prediction_id = _prediction_id()
@@ -189,25 +191,25 @@ class Runner(BaseRunner):
         self,
         image: GeneratedImage,
         request: GenerationRequest,
-        output_format: str,
+        output_format: Format,
         output_quality: int,
         prediction_id: str | None,
         index: int,
     ) -> tuple[str, dict[str, float]]:
         """Encode and upload one image, on a thread; return its URL and the seconds both took."""
         started = time.perf_counter()
-        metadata = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": str(image.seed),
-            "steps": str(image.steps),
-            "guidance_scale": f"{image.guidance_scale:g}",
-            "width": str(request.width),
-            "height": str(request.height),
-            "model": self.settings.model_path,
-            "model_version": self.model_version,
-        }
-        encoded = encode(image.image, output_format, output_quality, metadata)
+        provenance = Provenance(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=image.seed,
+            steps=image.steps,
+            guidance_scale=image.guidance_scale,
+            width=request.width,
+            height=request.height,
+            model=self.settings.model_path,
+            version=self.model_version,
+        )
+        encoded = encode(image.image, output_format, output_quality, provenance.as_text())
         encoded_at = time.perf_counter()
         stored = self.store.upload(
             encoded, prediction_id=prediction_id, index=index, now=datetime.now(UTC)
