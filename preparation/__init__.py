@@ -1,0 +1,40 @@
+"""Any source to a publishable model folder: what lies where, which files are needed, and making them fit.
+
+This room knows the Hub and diffusers' folder layout. It refuses to know how a model is served, and leaves bytes in
+the bucket to the weights room and recipes to the diffusion room.
+"""
+
+from preparation.errors import PreparationError, UsageError
+from preparation.prepare import (
+    DEFAULT_FOLDER,
+    DEFAULT_JOBS,
+    EXPECTED_ERRORS,
+    Request,
+    check_bucket,
+    compare,
+    exit_code,
+    find_already_prepared,
+    make_plan,
+    needs_no_network,
+    prepare,
+    upload,
+)
+from preparation.progress import Progress
+
+__all__ = [
+    "DEFAULT_FOLDER",
+    "DEFAULT_JOBS",
+    "EXPECTED_ERRORS",
+    "PreparationError",
+    "Progress",
+    "Request",
+    "UsageError",
+    "check_bucket",
+    "compare",
+    "exit_code",
+    "find_already_prepared",
+    "make_plan",
+    "needs_no_network",
+    "prepare",
+    "upload",
+]

@@ -1,0 +1,307 @@
+"""Carrying out a plan: fetch, check, convert, and lay out a plain diffusers folder on this disk.
+
+The folder is built beside its place and moved there when complete, so an interruption leaves the old one or the new
+one. A folder that already is what the plan would give is used as it is. Publishing is the weights room's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion.recipe import Recipe
+from preparation import convert
+from preparation.errors import PreparationError, UsageError
+from preparation.hub import HubRepo
+from preparation.plan import Component, Plan
+from preparation.progress import Progress, Stage, human_size
+
+# Hidden, so it is never published. It says that the folder is ours to replace, and from what it was made.
+MARKER_NAME = ".prepared.json"
+# A shard's header comes on top of its tensors; a file this much over the limit is left as it is.
+_HEADER_ALLOWANCE = 10_000_000
+_SPACE_MARGIN = 64_000_000
+_LINKED_FROM = 1_000_000  # bytes; smaller files are copied
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plain diffusers folder, ready to be published, and how its checkpoint wants to be run."""
+
+    folder: Path
+    recipe: Recipe
+
+
+def find_prepared(
+    plan: Plan, folder: Path, shard_limit: int = convert.SHARD_LIMIT
+) -> Prepared | None:
+    """The folder, if it already is, untouched, what the plan would give."""
+    marker = _read_marker(folder)
+    if marker is None or marker.get("fingerprint") != plan.fingerprint(shard_limit):
+        return None
+    if marker["files"] != _state(folder):
+        return None
+    return Prepared(folder, Recipe.model_validate(marker["recipe"]))
+
+
+def assemble(
+    plan: Plan,
+    folder: Path,
+    *,
+    jobs: int,
+    progress: Progress,
+    shard_limit: int = convert.SHARD_LIMIT,
+) -> Prepared:
+    """Make `folder` what the plan describes.
+
+    Raises:
+        UsageError: `folder` holds something else, or the source's tensors are not what its configs describe.
+        PreparationError: no space, no network, a damaged file.
+    """
+    prepared = find_prepared(plan, folder, shard_limit)
+    if prepared is not None:
+        progress.say(f"Already prepared in {folder}")
+        return prepared
+    if folder.exists() and _read_marker(folder) is None:
+        raise UsageError(
+            f"{folder} exists and was not made by this script, so it is not replaced. Move it away, or choose "
+            "another --destdir."
+        )
+    with _disk_errors(folder):
+        _check_space(plan, folder, shard_limit)
+        local = _fetch(plan, jobs, progress)
+        building = folder.with_name(f"{folder.name}.partial")
+        _remove(building)
+        try:
+            recipe = _build(plan, local, building, progress, shard_limit)
+            _remove(folder)
+            building.rename(folder)
+        finally:
+            _remove(building)
+    return Prepared(folder, recipe)
+
+
+def is_rewritten(component: Component, shard_limit: int = convert.SHARD_LIMIT) -> bool:
+    """Whether the component's files may be converted, as far as their names and sizes tell."""
+    return component.dtype is not None or _is_too_large(component, shard_limit)
+
+
+def _is_too_large(component: Component, shard_limit: int) -> bool:
+    return any(size > shard_limit + min(shard_limit, _HEADER_ALLOWANCE) for size in component.sizes)
+
+
+Local = Mapping[tuple[int, str], Path]  # by the origin's id and the path in it
+
+
+def _fetch(plan: Plan, jobs: int, progress: Progress) -> Local:
+    fetched = plan.fetched()
+    missing = {id(origin): origin.missing(paths) for origin, paths in fetched}
+    total = sum(origin.files[path] for origin, _ in fetched for path in missing[id(origin)])
+    local: dict[tuple[int, str], Path] = {}
+    with progress.stage("Download", total) as stage:
+        for origin, paths in fetched:
+            found = origin.fetch(paths, jobs=jobs, on_bytes=stage.advance)
+            local |= {(id(origin), path): place for path, place in found.items()}
+    from_hub = [(origin, paths) for origin, paths in fetched if isinstance(origin, HubRepo)]
+    total = sum(origin.files[path] for origin, paths in from_hub for path in paths)
+    with progress.stage("Check", total) as stage:
+        for origin, paths in from_hub:
+            places = {path: local[id(origin), path] for path in paths}
+            origin.check(places, jobs=jobs, on_bytes=stage.advance)
+    return local
+
+
+def _build(
+    plan: Plan, local: Local, building: Path, progress: Progress, shard_limit: int
+) -> Recipe:
+    building.mkdir(parents=True, exist_ok=True)
+    if any(building.iterdir()):
+        raise UsageError(
+            f"{building} exists and was not made by this script. Move it away, or choose another --destdir."
+        )
+    _write_marker(building, {"fingerprint": None})
+    for target, data in plan.texts.items():
+        _target(building, target).write_bytes(data)
+    for copy in plan.copies:
+        shutil.copyfile(local[id(copy.origin), copy.path], _target(building, copy.target))
+
+    tensors: dict[str, list[convert.TensorInfo]] = {}
+    for component in plan.components:
+        files = [local[id(component.origin), path] for path in component.files]
+        tensors[component.name] = convert.read_headers(files, _label(component))
+        if component.architecture:
+            config = json.loads((building / component.name / "config.json").read_bytes())
+            convert.check_architecture(
+                tensors[component.name], config, component.architecture, _label(component)
+            )
+    recipe = _with_dtype(plan, tensors["unet"])
+
+    converted = {
+        component.name
+        for component in plan.components
+        if _is_too_large(component, shard_limit)
+        or convert.needs_cast(tensors[component.name], component.dtype)
+    }
+    total = sum(sum(info.size for info in tensors[name]) for name in converted)
+    with progress.stage("Convert", total) as stage:
+        for component in plan.components:
+            files = [local[id(component.origin), path] for path in component.files]
+            if component.name in converted:
+                _convert(component, tensors[component.name], building, shard_limit, stage)
+            else:
+                _take(component, files, tensors[component.name], building)
+    marker = {
+        "fingerprint": plan.fingerprint(shard_limit),
+        "source": plan.source,
+        "recipe": recipe.model_dump(mode="json"),
+        "files": _state(building),
+    }
+    _write_marker(building, marker)
+    return recipe
+
+
+def _convert(
+    component: Component,
+    tensors: list[convert.TensorInfo],
+    building: Path,
+    shard_limit: int,
+    stage: Stage,
+) -> None:
+    shards = convert.plan_shards(tensors, component.dtype, shard_limit)
+    convert.write_shards(
+        shards,
+        building / component.name,
+        component.stem,
+        dtype=component.dtype,
+        label=_label(component),
+        on_bytes=stage.advance,
+    )
+
+
+def _take(
+    component: Component, files: list[Path], tensors: list[convert.TensorInfo], building: Path
+) -> None:
+    """Use the files as they are, under the names diffusers looks for when no variant is asked for."""
+    for number, file in enumerate(files, start=1):
+        name = convert.shard_name(component.stem, number, len(files))
+        _link(file.resolve(), building / component.name / name)
+    if len(files) > 1:
+        shards = [[info for info in tensors if info.file == file] for file in files]
+        convert.write_index(building / component.name, component.stem, shards, None)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.stat().st_size >= _LINKED_FROM:
+        try:
+            os.link(source, target)
+        except OSError:
+            pass  # another disk, or a file system without links
+        else:
+            return
+    shutil.copyfile(source, target)
+
+
+def _with_dtype(plan: Plan, unet: list[convert.TensorInfo]) -> Recipe:
+    """The recipe, saying what the UNet's files hold: no config of a diffusers folder does."""
+    planned = next(component.dtype for component in plan.components if component.name == "unet")
+    found = planned or convert.dominant_dtype(unet)
+    dtype = convert.TORCH_NAMES.get(found or "")
+    if dtype is None:
+        raise UsageError(
+            f"The UNet of {plan.source} holds {found or 'no floating-point'} tensors. Supported are "
+            f"{', '.join(convert.TORCH_NAMES.values())}."
+        )
+    if plan.recipe_is_given and plan.recipe.dtype != dtype:
+        raise UsageError(
+            f"recipe.json in {plan.source} says dtype {plan.recipe.dtype}, but its UNet holds {dtype}. Correct one."
+        )
+    return plan.recipe.model_copy(update={"dtype": dtype})
+
+
+def _check_space(plan: Plan, folder: Path, shard_limit: int) -> None:
+    needed: dict[int, int] = {}
+    places: dict[int, Path] = {}
+
+    def need(place: Path, size: int) -> None:
+        place = _existing(place)
+        device = place.stat().st_dev
+        places.setdefault(device, place)
+        needed[device] = needed.get(device, 0) + size
+
+    destination = _existing(folder).stat().st_dev
+    for component in plan.components:
+        origin = component.origin
+        home = origin.hub.cache if isinstance(origin, HubRepo) else Path(origin.label)
+        missing = origin.missing(component.files)
+        need(home, sum(origin.files[path] for path in missing))
+        linked = _existing(home).stat().st_dev == destination
+        if not linked or is_rewritten(component, shard_limit):
+            need(folder, sum(component.sizes))
+    for device, size in needed.items():
+        free = shutil.disk_usage(places[device]).free
+        if size and free < size + _SPACE_MARGIN:
+            raise PreparationError(
+                f"Preparing {plan.source} needs {human_size(size + _SPACE_MARGIN)} on the disk of {places[device]}, "
+                f"which has {human_size(free)} free. Free some, or choose larger disks with --destdir (the prepared "
+                "folder) and HF_HOME (downloads)."
+            )
+
+
+def _existing(place: Path) -> Path:
+    place = place.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def _target(building: Path, path: str) -> Path:
+    target = building / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _label(component: Component) -> str:
+    return f"{component.name} of {component.origin.label}"
+
+
+def _state(folder: Path) -> dict[str, list[int]]:
+    """Size and time of every file, by which a later run sees that nobody touched them."""
+    return {
+        file.relative_to(folder).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MARKER_NAME
+    }
+
+
+def _read_marker(folder: Path) -> dict[str, object] | None:
+    try:
+        marker = json.loads((folder / MARKER_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def _write_marker(folder: Path, marker: Mapping[str, object]) -> None:
+    (folder / MARKER_NAME).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours; anything else stays and makes the caller fail on it."""
+    if _read_marker(folder) is not None:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PreparationError(
+            f"Preparing into {folder}: {error.strerror or error} ({error.filename or folder}). Check the disk and "
+            "its permissions, or choose another --destdir."
+        ) from error

@@ -1,0 +1,39 @@
+"""What a place that files come from must offer: their names and sizes, their bytes, and how to get them onto this disk.
+
+A Hub repo and a local folder are both origins; the plan and the assembly know no more of them than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+OnBytes = Callable[[int], None]
+
+
+class Origin(Protocol):
+    """A set of files that does not change while it is used. Every error is a `PreparationError`."""
+
+    @property
+    def label(self) -> str:
+        """What to call it in a message: "owner/name", "/models/mine"."""
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Size in bytes by path, with forward slashes."""
+
+    def read(self, path: str) -> bytes:
+        """A small file, whole."""
+
+    def missing(self, paths: Iterable[str]) -> list[str]:
+        """Those of `paths` that are not on this disk yet."""
+
+    def fetch(self, paths: Iterable[str], *, jobs: int, on_bytes: OnBytes) -> dict[str, Path]:
+        """Bring the files onto this disk; `on_bytes` hears of every byte that had to move."""
+
+    def check(self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes) -> None:
+        """Compare fetched files with the digests their origin gives, where it gives any."""
+
+    def fingerprint(self, path: str) -> str:
+        """Changes whenever the file's content does."""

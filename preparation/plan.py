@@ -1,0 +1,190 @@
+"""What will be published and from where: decided from listings and small config files, before any weights move.
+
+A plan names every file of the result. Carrying it out is `assemble`'s, publishing it is the weights room's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusion.errors import ModelError
+from diffusion.recipe import Recipe, Source
+from preparation.errors import UsageError
+from preparation.origin import Origin
+from preparation.select import Selection, published_model_index, read_model_index, select
+
+RECIPE_NAME = "recipe.json"  # at a local folder's root: how its checkpoint wants to be run
+_SCHEDULER_PATH = "scheduler/scheduler_config.json"
+_FORMAT = 1  # raise it when the same plan gives other bytes than before
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A small file taken as it is."""
+
+    target: str
+    origin: Origin
+    path: str
+
+
+@dataclass(frozen=True)
+class Component:
+    """The weights of one component, and what is to be made of them.
+
+    `dtype` is what to cast to (safetensors' name, "F16"), None for as they are. `architecture` is the diffusers class
+    to check names and shapes against, where the weights and their config come from different repos.
+    """
+
+    name: str
+    stem: str
+    origin: Origin
+    files: tuple[str, ...]
+    dtype: str | None = None
+    architecture: str | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self.origin.files[path] for path in self.files)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model to be assembled. `recipe_is_given`: the owner wrote it, so the files are held to it."""
+
+    source: str
+    texts: Mapping[str, bytes]
+    copies: tuple[Copy, ...]
+    components: tuple[Component, ...]
+    recipe: Recipe
+    recipe_is_given: bool = False
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(sum(component.sizes) for component in self.components)
+
+    def fetched(self) -> list[tuple[Origin, list[str]]]:
+        """Every file to be brought onto this disk, by origin."""
+        by_origin: dict[int, tuple[Origin, list[str]]] = {}
+        for origin, paths in [
+            *((copy.origin, (copy.path,)) for copy in self.copies),
+            *((component.origin, component.files) for component in self.components),
+        ]:
+            by_origin.setdefault(id(origin), (origin, []))[1].extend(paths)
+        return list(by_origin.values())
+
+    def fingerprint(self, shard_limit: int) -> str:
+        """The same for two plans that give the same folder."""
+        content = {
+            "format": _FORMAT,
+            "shard_limit": shard_limit,
+            "texts": {path: hashlib.sha256(data).hexdigest() for path, data in self.texts.items()},
+            "copies": {copy.target: copy.origin.fingerprint(copy.path) for copy in self.copies},
+            "components": {
+                component.name: [
+                    component.stem,
+                    component.dtype,
+                    [component.origin.fingerprint(path) for path in component.files],
+                ]
+                for component in self.components
+            },
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def plan_mirror(origin: Origin, source: Source | None, jobs: int) -> Plan:
+    """Plan to publish a diffusers folder as it is, less what no pipeline here needs.
+
+    Raises:
+        UsageError: it is no diffusers folder, not of a supported pipeline, or incomplete.
+    """
+    index = open_model_index(origin)
+    selection = select(origin.files, index, origin.label)
+    configs = read_configs(origin, selection.configs, jobs)
+    given = read_recipe(origin)
+    with_index = {**configs, "model_index.json": json.dumps(index).encode()}
+    recipe = given or recipe_from_configs(with_index, origin.label)
+    if source is not None:
+        recipe = recipe.model_copy(update={"source": source})
+    texts = published_texts(index, configs[_SCHEDULER_PATH], recipe)
+    return Plan(
+        source=origin.label,
+        texts=texts,
+        copies=copies_of(origin, selection, texts),
+        components=tuple(
+            Component(chosen.component, chosen.stem, origin, chosen.files)
+            for chosen in selection.weights
+        ),
+        recipe=recipe,
+        recipe_is_given=given is not None,
+    )
+
+
+def open_model_index(origin: Origin) -> dict[str, Any]:
+    """The origin's model_index.json, checked to be a supported pipeline's."""
+    if "model_index.json" not in origin.files:
+        single = sorted(
+            path for path in origin.files if "/" not in path and path.endswith(".safetensors")
+        )
+        seen = (
+            f" It holds {single[0]}, which is a single-file checkpoint or an add-on."
+            if single
+            else ""
+        )
+        raise UsageError(
+            f"{origin.label} has no model_index.json, so it is not a diffusers model.{seen} Give the repo or folder "
+            "of the whole pipeline, with unet/, vae/, text_encoder/ and so on."
+        )
+    return read_model_index(origin.read("model_index.json"), origin.label)
+
+
+def read_configs(origin: Origin, paths: Iterable[str], jobs: int) -> dict[str, bytes]:
+    """Small files by path, fetched together."""
+    fetched = origin.fetch(paths, jobs=jobs, on_bytes=lambda _size: None)
+    return {path: origin.read(path) for path in fetched}
+
+
+def recipe_from_configs(configs: Mapping[str, bytes], label: str) -> Recipe:
+    """`Recipe.from_configs`, with the source named in its errors."""
+    try:
+        return Recipe.from_configs(configs)
+    except ModelError as error:
+        raise UsageError(f"{label}: {error}") from error
+
+
+def read_recipe(origin: Origin) -> Recipe | None:
+    """The recipe that the model's owner put beside it, if any."""
+    if RECIPE_NAME not in origin.files:
+        return None
+    try:
+        return Recipe.model_validate(json.loads(origin.read(RECIPE_NAME)))
+    except (ValueError, ModelError) as error:
+        raise UsageError(
+            f"{RECIPE_NAME} in {origin.label} cannot be used: {error}. Correct it, or remove it to have the recipe "
+            "read from the model's own configs."
+        ) from error
+
+
+def published_texts(index: Mapping[str, Any], scheduler: bytes, recipe: Recipe) -> dict[str, bytes]:
+    """model_index.json and the scheduler's config, saying what the recipe says: stock diffusers reads only these."""
+    published = published_model_index(index)
+    published["scheduler"] = ["diffusers", recipe.scheduler.class_name]
+    try:
+        config = json.loads(scheduler)
+    except ValueError as error:
+        raise UsageError(f"{_SCHEDULER_PATH} of the source is not JSON ({error}).") from error
+    config |= {"_class_name": recipe.scheduler.class_name, **recipe.scheduler.config}
+    return {"model_index.json": _dump(published), _SCHEDULER_PATH: _dump(config)}
+
+
+def copies_of(origin: Origin, selection: Selection, texts: Mapping[str, bytes]) -> tuple[Copy, ...]:
+    """The selected config files, except those that are written anew."""
+    return tuple(Copy(path, origin, path) for path in selection.configs if path not in texts)
+
+
+def _dump(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"

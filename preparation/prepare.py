@@ -1,0 +1,179 @@
+"""The whole journey of a model's owner: source → plan → folder → bucket. What the command line calls.
+
+Each step is another module's; this one knows their order, and which failures are the caller's to correct.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+
+from diffusion.errors import DiffusionError
+from diffusion.recipe import Source
+from preparation.assemble import Prepared, assemble, find_prepared
+from preparation.errors import PreparationError, UsageError
+from preparation.folder import LocalFolder
+from preparation.hub import Hub, HubRepo, is_repo_id
+from preparation.lightning import is_lightning, plan_lightning
+from preparation.plan import Plan, plan_mirror
+from preparation.progress import Progress
+from settings import SettingsError
+from weights import (
+    Bucket,
+    BucketError,
+    Publication,
+    WeightsError,
+    plan_publication,
+    publish,
+    read_latest,
+)
+from weights.manifest import check_path
+
+DEFAULT_FOLDER = Path("~/.cache/lightning-in-a-bucket")
+DEFAULT_JOBS = 8
+
+# Everything that preparing a model may raise on purpose.
+EXPECTED_ERRORS = (PreparationError, WeightsError, DiffusionError, SettingsError)
+
+_CALLERS_MISTAKES = frozenset(
+    {
+        "AccessDenied",
+        "AuthorizationHeaderMalformed",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidBucketName",
+        "InvalidToken",
+        "NoSuchBucket",
+        "PermanentRedirect",
+        "SignatureDoesNotMatch",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for, checked before anything else happens."""
+
+    source: str
+    name: str | None = None
+    revision: str | None = None
+    folder: Path = DEFAULT_FOLDER
+    jobs: int = DEFAULT_JOBS
+    hub: Hub = field(default_factory=Hub)
+
+    @property
+    def is_folder(self) -> bool:
+        """Anything that cannot be a repo's name is a folder. What could be both is a folder only if one is there and
+        `name` says what to call it, as a folder needs."""
+        if not is_repo_id(self.source):
+            return True
+        return self.name is not None and Path(self.source).is_dir()
+
+    @property
+    def model_path(self) -> str:
+        """What the model will be called in the bucket, and what MODEL_PATH will be.
+
+        Raises:
+            UsageError: a folder without a name, or a name that is no plain path.
+        """
+        if self.name is None and self.is_folder:
+            raise UsageError(
+                f"A local folder needs a name in the bucket: add --name, for example --name me/{_stem(self.source)}."
+            )
+        name = self.name if self.name is not None else self.source
+        try:
+            return check_path(name)
+        except ValueError as error:
+            raise UsageError(
+                f"--name {name!r} cannot be a model's path in the bucket: {error}."
+            ) from error
+
+    @property
+    def prepared_folder(self) -> Path:
+        """Flat, so that one model's folder never lies inside another's."""
+        return self.folder.expanduser() / self.model_path.replace("/", "--")
+
+
+def make_plan(request: Request) -> Plan:
+    """Decide what will be published; reads listings and small config files only.
+
+    Raises:
+        UsageError: the source cannot be published as it is; the message says why.
+        PreparationError: the Hub cannot be reached.
+    """
+    _ = request.model_path  # refused before anything is looked up
+    if request.is_folder:
+        if request.revision:
+            raise UsageError("--revision is of a Hub repo; a local folder is taken as it is.")
+        return plan_mirror(LocalFolder.open(Path(request.source).expanduser()), None, request.jobs)
+    if is_lightning(request.source):
+        return plan_lightning(request.hub, request.revision, request.jobs)
+    repo = request.hub.open(request.source, request.revision)
+    source = Source(repo=repo.repo_id, revision=repo.commit, licence=repo.licence)
+    return plan_mirror(repo, source, request.jobs)
+
+
+def check_bucket(bucket: Bucket, model_path: str) -> str | None:
+    """Ask the bucket one thing, so that wrong keys or a wrong name show before gigabytes move.
+
+    Returns the version it serves now, if any. Raises `weights.BucketError`.
+    """
+    return read_latest(bucket, model_path)
+
+
+def needs_no_network(plan: Plan) -> bool:
+    """Whether every file of the plan is on this disk already, outside any cache."""
+    return not any(isinstance(origin, HubRepo) for origin, _ in plan.fetched())
+
+
+def prepare(request: Request, plan: Plan, progress: Progress) -> Prepared:
+    """Download, check and convert. Raises `PreparationError`."""
+    return assemble(plan, request.prepared_folder, jobs=request.jobs, progress=progress)
+
+
+def find_already_prepared(request: Request, plan: Plan) -> Prepared | None:
+    """What an earlier run left, if it still is what the plan would give."""
+    return find_prepared(plan, request.prepared_folder)
+
+
+def compare(
+    request: Request, prepared: Prepared, bucket: Bucket, progress: Progress
+) -> Publication:
+    """Hash the folder and find what the bucket lacks; writes nothing."""
+    size = sum(file.stat().st_size for file in _published_files(prepared.folder))
+    recipe = prepared.recipe.model_dump(mode="json")
+    with progress.stage("Hash", size) as stage:
+        return plan_publication(
+            prepared.folder,
+            bucket,
+            request.model_path,
+            recipe,
+            jobs=request.jobs,
+            on_bytes=stage.advance,
+        )
+
+
+def upload(request: Request, publication: Publication, progress: Progress) -> None:
+    """Make the bucket serve it."""
+    with progress.stage("Upload", publication.upload_bytes) as stage:
+        publish(publication, jobs=request.jobs, on_bytes=stage.advance)
+
+
+def exit_code(error: Exception) -> int:
+    """2 where the caller can correct the command, the environment or the model; 1 for what failed on its own."""
+    if isinstance(error, PreparationError):
+        return error.exit_code
+    if isinstance(error, BucketError):
+        no_keys = isinstance(error.__cause__, (NoCredentialsError, PartialCredentialsError))
+        return 2 if no_keys or error.code in _CALLERS_MISTAKES else 1
+    return 2 if isinstance(error, (SettingsError, DiffusionError)) else 1
+
+
+def _published_files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
+
+
+def _stem(source: str) -> str:
+    return Path(source).expanduser().resolve().name or "model"

@@ -1,0 +1,106 @@
+"""What a preparation would move or has moved, as text for a person. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from preparation.assemble import is_rewritten
+from preparation.convert import SHARD_LIMIT, TORCH_NAMES, shard_name
+from preparation.plan import Component, Plan
+from preparation.progress import human_size
+from settings import StorageSettings
+from weights import Publication
+
+
+def describe_download(plan: Plan) -> str:
+    """A table of the files a plan needs, which of them are here already, and the sum of the rest."""
+    rows: list[tuple[str, str, str]] = []
+    missing_bytes = 0
+    for origin, paths in plan.fetched():
+        missing = frozenset(origin.missing(paths))
+        missing_bytes += sum(origin.files[path] for path in missing)
+        for path in sorted(paths):
+            state = "download" if path in missing else "on disk"
+            rows.append((state, human_size(origin.files[path]), f"{origin.label}: {path}"))
+    return f"Files needed ({human_size(missing_bytes)} to download):\n{_table(rows)}"
+
+
+def describe_folder(plan: Plan) -> str:
+    """A table of what would be published, as far as listings tell: nothing is hashed or compared."""
+    rows = [("", human_size(len(data)), path) for path, data in plan.texts.items()]
+    rows += [("", human_size(copy.origin.files[copy.path]), copy.target) for copy in plan.copies]
+    for component in plan.components:
+        rows += _component_rows(component)
+    rows.sort(key=lambda row: row[2])
+    return f"Files to publish (before comparing with the bucket):\n{_table(rows)}"
+
+
+def _component_rows(component: Component) -> Iterable[tuple[str, str, str]]:
+    total = sum(component.sizes)
+    if is_rewritten(component):
+        cast = f" as {TORCH_NAMES[component.dtype]}" if component.dtype else ""
+        split = f", in shards of at most {human_size(SHARD_LIMIT)}" if total > SHARD_LIMIT else ""
+        name = f"{component.name}/{component.stem}*.safetensors"
+        return [("", f"<= {human_size(total)}", f"{name}{cast}{split}")]
+    count = len(component.files)
+    return [
+        ("", human_size(size), f"{component.name}/{shard_name(component.stem, number, count)}")
+        for number, size in enumerate(component.sizes, start=1)
+    ]
+
+
+def describe_publication(publication: Publication) -> str:
+    """A table of what publishing would do with each file, and the sum of what it would send."""
+    uploads = {entry.path for entry in publication.uploads}
+    copies = {entry.path for entry, _ in publication.copies}
+    rows = [
+        (
+            "upload" if entry.path in uploads else "copy" if entry.path in copies else "there",
+            human_size(entry.size),
+            entry.path,
+        )
+        for entry in publication.files
+    ]
+    head = (
+        f"Version {publication.version} of {publication.model_path} "
+        f"({human_size(publication.upload_bytes)} of {human_size(publication.total_bytes)} to upload):"
+    )
+    return f"{head}\n{_table(rows)}"
+
+
+def describe_outcome(publication: Publication) -> str:
+    """One line on what was published."""
+    where = f"s3://{publication.bucket.name}/{publication.model_path}"
+    if publication.unchanged:
+        return f"Unchanged: {where} already serves version {publication.version}; nothing was uploaded."
+    copied = f", {len(publication.copies)} copied inside the bucket" if publication.copies else ""
+    return (
+        f"Published {where} version {publication.version}: {len(publication.files)} files, "
+        f"{human_size(publication.total_bytes)} ({len(publication.uploads)} uploaded, "
+        f"{human_size(publication.upload_bytes)}{copied})."
+    )
+
+
+def environment_block(settings: StorageSettings, bucket: str, model_path: str) -> str:
+    """The variables of a deployment. The keypair is the workload's own, so the publisher's never appears here."""
+    lines = [
+        "AWS_ACCESS_KEY_ID=<access key ID of the workload keypair>",
+        "AWS_SECRET_ACCESS_KEY=<secret access key of the workload keypair>",
+    ]
+    if settings.endpoint_url:
+        lines.append(f"AWS_ENDPOINT_URL_S3={settings.endpoint_url}")
+    lines += [
+        f"AWS_REGION={settings.region or ('auto' if settings.endpoint_url else '<region of the buckets>')}",
+        f"MODEL_PATH={model_path}",
+        f"MODEL_BUCKET_NAME={bucket}",
+        "PUBLIC_BUCKET_NAME=generated-images",
+    ]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    return "\n".join(
+        f"  {state:<{widths[0]}}  {size:>{widths[1]}}  {path}".rstrip()
+        for state, size, path in rows
+    )

@@ -1,0 +1,146 @@
+"""Brings a model from the Hugging Face Hub or a local folder into a bucket, ready to be served.
+
+Only the command line lives here; the work is in the preparation and weights rooms.
+
+    python scripts/prepare_model.py ByteDance/SDXL-Lightning model-storage
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the rooms, from wherever this is run
+
+import preparation
+import s3
+from preparation import Progress, Request
+from preparation.assemble import Prepared
+from preparation.plan import Plan
+from preparation.report import (
+    describe_download,
+    describe_folder,
+    describe_outcome,
+    describe_publication,
+    environment_block,
+)
+from settings import StorageSettings, load_storage_settings
+from weights import Bucket
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _parse()
+    progress = Progress()
+    try:
+        with progress.stopping_on_signals():
+            _run(arguments, progress)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. Run the same command again: finished files are kept.\n")
+        return 130
+    except preparation.EXPECTED_ERRORS as error:
+        sys.stderr.write(f"prepare_model: {error}\n")
+        return preparation.exit_code(error)
+    return 0
+
+
+def _run(arguments: argparse.Namespace, progress: Progress) -> None:
+    request = Request(
+        source=arguments.source,
+        name=arguments.name,
+        revision=arguments.revision,
+        folder=arguments.destdir,
+        jobs=arguments.jobs,
+    )
+    settings = load_storage_settings()
+    plan = preparation.make_plan(request)
+    if arguments.dry_run:
+        _show(request, plan, settings, arguments.bucket, progress)
+        return
+    bucket = Bucket(s3.connect(settings, connections=2 * request.jobs), arguments.bucket)
+    preparation.check_bucket(bucket, request.model_path)
+    prepared = preparation.prepare(request, plan, progress)
+    publication = preparation.compare(request, prepared, bucket, progress)
+    preparation.upload(request, publication, progress)
+    print(describe_outcome(publication))
+    print("\nThe environment of a deployment:\n")
+    print(environment_block(settings, arguments.bucket, request.model_path))
+
+
+def _show(
+    request: Request, plan: Plan, settings: StorageSettings, bucket: str, progress: Progress
+) -> None:
+    """The dry run: with everything on this disk, down to what the bucket lacks; else what would be downloaded."""
+    prepared: Prepared | None
+    if preparation.needs_no_network(plan):
+        prepared = preparation.prepare(request, plan, progress)
+    else:
+        print(describe_download(plan))
+        prepared = preparation.find_already_prepared(request, plan)
+    if prepared is None:
+        print(describe_folder(plan))
+    else:
+        target = Bucket(s3.connect(settings, connections=request.jobs), bucket)
+        print(describe_publication(preparation.compare(request, prepared, target, progress)))
+    print("Dry run: nothing was written to the bucket.")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="prepare_model.py",
+        description="Bring a model from the Hugging Face Hub or a local folder into a bucket.",
+        epilog="The bucket's keys, endpoint and region come from the environment (AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_REGION); the Hub is reached as HF_ENDPOINT, HF_TOKEN, "
+        "HF_HOME and HF_HUB_OFFLINE say.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a Hub repo (OWNER/NAME) or a local diffusers folder; ByteDance/SDXL-Lightning is joined with SDXL base",
+    )
+    parser.add_argument("bucket", metavar="BUCKET", help="the bucket to publish to")
+    parser.add_argument(
+        "--name",
+        metavar="MODEL_PATH",
+        help="what to call the model in the bucket; the repo's own name by default, needed for a folder",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="REV",
+        help="branch, tag or commit of the Hub repo (default: its main branch)",
+    )
+    parser.add_argument(
+        "--destdir",
+        type=Path,
+        default=preparation.DEFAULT_FOLDER,
+        metavar="DIR",
+        help="where the prepared folder is kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=_positive,
+        default=preparation.DEFAULT_JOBS,
+        metavar="N",
+        help="downloads, digests or uploads at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would move, and write nothing to the bucket",
+    )
+    return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 256:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 256")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
