@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from cog import BaseRunner, Input, concurrent
 
@@ -21,7 +21,7 @@ from diffusion.errors import DiffusionError
 from diffusion.recipe import Recipe
 from diffusion.request import GenerationRequest
 from diffusion.sizes import size_for
-from images.encode import Format, encode
+from images.encode import encode
 from images.errors import ImagesError
 from images.provenance import Provenance
 from images.store import ImageStore
@@ -143,11 +143,10 @@ class Runner(BaseRunner):
                 seed=_whole(seed),
                 num_outputs=int(num_outputs),
             )
-            format = cast("Format", output_format)  # the schema admits no other
-            return await self._answer(request, format, int(output_quality))
+            return await self._answer(request, output_format, int(output_quality))
 
     async def _answer(
-        self, request: GenerationRequest, output_format: Format, output_quality: int
+        self, request: GenerationRequest, output_format: str, output_quality: int
     ) -> list[str]:
         """Generate the images one after another, each encoded and uploaded beside the next one's denoising."""
         prediction_id = _prediction_id()
@@ -191,7 +190,7 @@ class Runner(BaseRunner):
         self,
         image: GeneratedImage,
         request: GenerationRequest,
-        output_format: Format,
+        output_format: str,
         output_quality: int,
         prediction_id: str | None,
         index: int,
