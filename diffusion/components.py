@@ -75,7 +75,7 @@ def build_module(name: str, configs: Mapping[str, bytes]) -> nn.Module:
                 if issubclass(module_class, PreTrainedModel)
                 else module_class.from_config(config)
             )
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except Exception as e:  # whatever a constructor makes of values that make no sense to it
         raise ModelError(
             f"No {module_class.__name__} can be built from {path} of the model ({type(e).__name__}: {e}). "
             "Compare it with the original's."
@@ -123,14 +123,7 @@ def build_scheduler(recipe: SchedulerRecipe, configs: Mapping[str, bytes]) -> An
     scheduler_class = getattr(diffusers, recipe.class_name)
     try:
         return scheduler_class.from_config(config)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as e:
+    except Exception as e:
         raise ModelError(
             f"No {recipe.class_name} can be built from the model's scheduler_config.json and its recipe's "
             f"{json.dumps(recipe.config)} ({type(e).__name__}: {e})."

@@ -1,0 +1,71 @@
+"""What only a card can show. Skipped without one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.components import MODULES
+from diffusion.engine import Engine, GenerationRequest
+from diffusion.errors import OutOfMemoryError
+from tests.diffusion.support import LIGHTNING, build, generators, pixels, stock_pipeline
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+
+REQUEST = GenerationRequest(prompt="a small red boat", width=256, height=256, seed=3)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    error = np.mean((one - other) ** 2.0)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_tensor_lands_on_the_card_in_its_dtype(model, dtype):
+    pipeline = build(model, dtype=dtype, device="cuda")
+
+    for name in MODULES:
+        for tensor in getattr(pipeline, name).parameters():
+            assert (tensor.device.type, tensor.dtype) == ("cuda", dtype)
+        for tensor in getattr(pipeline, name).buffers():
+            assert tensor.device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_are_stocks_in_the_same_dtype(model, dtype):
+    engine = Engine(build(model, dtype=dtype, device="cuda"), LIGHTNING)
+    stock = stock_pipeline(model, dtype).to("cuda")
+
+    (ours,) = engine.generate(REQUEST)
+
+    theirs = stock(
+        prompt=REQUEST.prompt,
+        width=256,
+        height=256,
+        guidance_scale=0.0,
+        num_inference_steps=4,
+        generator=generators(3)[0],
+    ).images[0]
+    assert psnr(pixels(ours.image), pixels(theirs)) >= 35
+
+
+def test_running_out_of_memory_gives_the_card_back(model):
+    engine = Engine(build(model, dtype=torch.float16, device="cuda"), LIGHTNING)
+    engine.warm_up()
+    torch.cuda.empty_cache()
+    used = torch.cuda.memory_allocated()
+    reserved = torch.cuda.memory_reserved()
+    free, total = torch.cuda.mem_get_info()
+
+    torch.cuda.set_per_process_memory_fraction((reserved + 2 * 2**20) / total)
+    try:
+        with pytest.raises(OutOfMemoryError, match="512x512"):
+            list(engine.generate(dataclasses.replace(REQUEST, width=512, height=512)))
+        assert torch.cuda.memory_allocated() <= used
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert free > 0
+    (again,) = engine.generate(REQUEST)
+    assert again.seed == 3

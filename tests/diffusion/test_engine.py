@@ -1,0 +1,263 @@
+"""The engine in use: what it says, what it survives, and how requests share the device."""
+
+import dataclasses
+import gc
+import logging
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.engine import Engine, GenerationRequest
+from diffusion.errors import NonFiniteError, OutOfMemoryError, RequestError
+from tests.diffusion.support import GUIDED, LIGHTNING, build, build_engine, pixels
+
+REQUEST = GenerationRequest(prompt="a small red boat", width=64, height=64, steps=1, seed=3)
+
+
+def said_here(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name.startswith("diffusion.")]
+
+
+def only(images):
+    (image,) = images
+    return image
+
+
+def test_an_image_says_what_it_took_to_make_it(lightning):
+    generated = only(lightning.generate(dataclasses.replace(REQUEST, steps=None)))
+
+    assert generated.image.size == (64, 64)
+    assert (generated.seed, generated.steps, generated.guidance_scale) == (3, 4, 0.0)
+    assert list(generated.timings) == ["wait", "prompt", "denoise", "decode"]
+    assert all(generated.timings[stage] > 0 for stage in ("prompt", "denoise", "decode"))
+
+
+def test_the_image_of_a_random_seed_can_be_made_again(lightning):
+    generated = only(lightning.generate(dataclasses.replace(REQUEST, seed=None)))
+    again = only(lightning.generate(dataclasses.replace(REQUEST, seed=generated.seed)))
+
+    np.testing.assert_array_equal(pixels(generated.image), pixels(again.image))
+
+
+def test_a_prompt_is_encoded_once_for_all_images_of_a_request(lightning):
+    first, *others = lightning.generate(dataclasses.replace(REQUEST, num_outputs=3))
+
+    assert first.timings["prompt"] > 0
+    assert [other.timings["prompt"] for other in others] == [0.0, 0.0]
+
+
+def test_a_request_is_refused_before_anything_is_generated(lightning):
+    # Not only when the first image is asked for: a caller learns of it at once.
+    with pytest.raises(RequestError, match=r"num_inference_steps is 3; .* 1 or 2 or 4"):
+        lightning.generate(dataclasses.replace(REQUEST, steps=3))
+    with pytest.raises(RequestError, match="multiples of 32"):
+        lightning.generate(dataclasses.replace(REQUEST, width=72))
+
+
+def test_a_caller_s_guidance_scale_is_ignored_with_one_line_however_many_images(lightning, caplog):
+    request = dataclasses.replace(REQUEST, num_outputs=2)
+    plain = list(lightning.generate(request))
+
+    with caplog.at_level(logging.INFO, logger="diffusion"):
+        guided = list(lightning.generate(dataclasses.replace(request, guidance_scale=3.5)))
+
+    assert said_here(caplog) == [
+        "Ignoring guidance_scale 3.5: this checkpoint was distilled without guidance and runs at 0."
+    ]
+    for one, other in zip(plain, guided, strict=True):
+        np.testing.assert_array_equal(pixels(one.image), pixels(other.image))
+
+
+def test_a_prompt_beyond_77_tokens_is_reported_once_with_how_much_was_dropped(guided, caplog):
+    request = dataclasses.replace(
+        REQUEST, prompt="red " * 100, negative_prompt="green " * 80, num_outputs=2
+    )
+
+    with caplog.at_level(logging.INFO, logger="diffusion"):
+        list(guided.generate(request))
+
+    # 75 words fit between the start and end tokens.
+    assert said_here(caplog) == [
+        "The prompt is 102 tokens long: the last 25 were dropped, since CLIP reads only 77.",
+        "The negative_prompt is 82 tokens long: the last 5 were dropped, since CLIP reads only 77.",
+    ]
+
+
+def test_a_prompt_of_77_tokens_is_not_worth_a_line(guided, caplog):
+    with caplog.at_level(logging.INFO, logger="diffusion"):
+        list(guided.generate(dataclasses.replace(REQUEST, prompt="red " * 75)))
+
+    assert said_here(caplog) == []
+
+
+def test_nothing_is_written_to_the_terminal_by_the_libraries_below(model):
+    # In a child, where this room is imported before transformers and diffusers, as the doors do.
+    code = """
+import sys
+from pathlib import Path
+from diffusion.engine import GenerationRequest
+from tests.diffusion.support import build_engine
+engine = build_engine(Path(sys.argv[1]))
+list(engine.generate(GenerationRequest("red " * 100, 64, 64, steps=1)))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(model)],
+        text=True,
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+
+    # What remains is this room's own line; Python prints warnings that nothing else handles.
+    assert run.stdout == ""
+    assert run.stderr.splitlines() == [
+        "The prompt is 102 tokens long: the last 25 were dropped, since CLIP reads only 77."
+    ]
+
+
+@pytest.mark.parametrize("recipe", [LIGHTNING, GUIDED])
+def test_warming_up_generates_at_the_native_size_and_takes_a_step_count_the_checkpoint_has(
+    model, recipe
+):
+    small = recipe.model_copy(update={"native_size": 64})
+    if small.steps:
+        small = small.model_copy(update={"steps": (2, 4)})
+    pipeline = build(model, small)
+    seen = []
+    pipeline.vae.decoder.register_forward_hook(lambda _, inputs, out: seen.append(out.shape))
+
+    assert Engine(pipeline, small).warm_up() > 0
+
+    assert seen == [(1, 3, 64, 64)]
+
+
+def test_requests_at_the_same_time_give_the_images_they_give_alone(guided):
+    requests = [
+        dataclasses.replace(REQUEST, seed=50, steps=3, num_outputs=2, guidance_scale=6.0),
+        dataclasses.replace(REQUEST, seed=60, steps=2, num_outputs=2, width=96, prompt="a cat"),
+        dataclasses.replace(REQUEST, seed=70, steps=4, negative_prompt="red"),
+    ]
+    alone = [[pixels(made.image) for made in guided.generate(request)] for request in requests]
+    together = Barrier(len(requests))
+
+    def run(request: GenerationRequest) -> list[np.ndarray]:
+        together.wait()
+        return [pixels(made.image) for made in guided.generate(request)]
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        results = list(pool.map(run, requests))
+
+    for mine, expected in zip(results, alone, strict=True):
+        for image, other in zip(mine, expected, strict=True):
+            np.testing.assert_array_equal(image, other)
+
+
+def test_a_request_for_many_images_lets_others_go_between_them(lightning):
+    many = lightning.generate(dataclasses.replace(REQUEST, num_outputs=50))
+    next(many)
+
+    # The device is free although `many` has only begun; a lock held for the whole request would hang here.
+    assert only(lightning.generate(REQUEST)).seed == 3
+    assert next(many).seed == 4
+
+
+def test_latents_that_overflow_are_named_and_the_engine_goes_on(model):
+    pipeline = build(model)
+    engine = Engine(pipeline, LIGHTNING)
+    weight = pipeline.unet.conv_out.bias
+    value = weight[0].item()
+
+    weight[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"Denoising seed 3 gave latents with NaN"):
+        list(engine.generate(REQUEST))
+
+    weight[0] = value
+    assert only(engine.generate(REQUEST)).image.size == (64, 64)
+
+
+def test_a_vae_that_overflows_is_named_instead_of_a_black_image(model):
+    pipeline = build(model)
+    pipeline.vae.decoder.conv_out.bias[0] = float("inf")
+
+    with pytest.raises(NonFiniteError, match=r"Decoding seed 3 .*VAE in torch.float32.*black"):
+        list(Engine(pipeline, LIGHTNING).generate(REQUEST))
+
+
+def test_a_vae_that_overflows_in_float16_is_named_with_the_one_that_does_not(model):
+    pipeline = build(model)
+    pipeline.vae.half()
+    pipeline.vae.decoder.conv_out.bias[0] = float("inf")
+
+    with pytest.raises(NonFiniteError, match="madebyollin/sdxl-vae-fp16-fix"):
+        list(Engine(pipeline, LIGHTNING).generate(REQUEST))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_fails_one_request_with_advice_and_frees_what_it_took(model, error):
+    # The error itself cannot be had at will without filling the machine, so a hook in the UNet raises it, as
+    # an allocation inside would. The tensor it took by then must be gone when the caller hears of it.
+    pipeline = build(model)
+    engine = Engine(pipeline, LIGHTNING)
+    taken = []
+
+    def allocate(*_: object) -> None:
+        tensor = torch.zeros(64)
+        taken.append(weakref.ref(tensor))
+        raise error.with_traceback(None)
+
+    hook = pipeline.unet.mid_block.register_forward_hook(allocate)
+    gc.disable()  # so that only what the engine itself lets go of is gone
+    try:
+        list(engine.generate(REQUEST))
+    except OutOfMemoryError as raised:
+        error.__traceback__ = None  # this test's own hold on the frames
+        still_there = taken[0]() is not None
+        message = str(raised)
+    finally:
+        gc.enable()
+        hook.remove()
+
+    assert not still_there
+    assert "one image of 64x64" in message
+    assert "Ask for a smaller size" in message
+    assert only(engine.generate(REQUEST)).seed == 3
+
+
+def test_any_other_failure_passes_through_and_leaves_the_device_free(model):
+    pipeline = build(model)
+    engine = Engine(pipeline, LIGHTNING)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("something else")
+
+    hook = pipeline.unet.mid_block.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        list(engine.generate(REQUEST))
+    hook.remove()
+
+    assert only(engine.generate(REQUEST)).seed == 3
+
+
+def test_nothing_is_kept_of_a_request_that_is_over(guided):
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    list(guided.generate(REQUEST))
+    before = tensors()
+    for _ in range(3):
+        list(guided.generate(REQUEST))
+
+    assert tensors() == before
