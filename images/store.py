@@ -1,0 +1,180 @@
+"""Encoded images to the image bucket, and a URL for each that arrived.
+
+One PUT per image, never over an existing one, with a digest that makes the server refuse damaged bytes. Retries of
+busy servers and broken connections are the client's own (s3.connect). It does not know what is in the images.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import re
+import secrets
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from botocore import exceptions as botocore_errors
+from botocore.exceptions import BotoCoreError, ClientError
+
+import s3
+from images.encode import EncodedImage
+from images.errors import ImagesError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import PutObjectRequestTypeDef
+
+LONGEST_ID = 64
+# How often a PUT is tried another way: a second name, without the condition, once more after damage on the wire.
+ATTEMPTS = 4
+# A key is written once and never again, so whoever holds a copy need not ask for a newer one.
+CACHE_FOREVER = "max-age=31536000, immutable"
+
+# 412: the key is taken. 409: somebody is writing it at this moment (AWS answers so to conditional writes).
+_TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
+_NO_CONDITIONS = ("NotImplemented", "501")
+_DAMAGED = "BadDigest"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that the bucket has acknowledged, and the URL to fetch it from."""
+
+    bucket: str
+    key: str
+    url: str
+
+
+class ImageStore:
+    """The image bucket. Safe to use from several threads, as boto3's clients are."""
+
+    def __init__(
+        self,
+        client: S3Client,
+        bucket: str,
+        prefix: str = "",
+        url_lifetime: int = 3600,
+        public_base_url: str | None = None,
+    ) -> None:
+        """`url_lifetime` is in seconds, for presigned URLs; with a `public_base_url` nothing is signed.
+
+        A URL signed with temporary credentials (a role's) ends with them, however long its lifetime.
+        """
+        self.client = client
+        self.bucket = bucket
+        self.prefix = "/".join(part for part in prefix.split("/") if part)
+        self.url_lifetime = url_lifetime
+        self.public_base_url = public_base_url
+        self._conditions_work = True
+
+    def upload(
+        self, encoded: EncodedImage, *, prediction_id: str | None, index: int, now: datetime
+    ) -> StoredImage:
+        """Store image number `index` of a prediction; returns once the server has acknowledged it. Blocks.
+
+        The key is <prefix>/<yyyy>/<mm>/<dd>/<id>-<index>.<extension>, the date in UTC, with a short random
+        suffix where that name is taken: a caller may send the same id twice. A missing id becomes a UUID.
+        (When an answer is lost on its way and the client sends the image again, it finds its own first copy and
+        takes the suffix too: both copies are whole, and the URL is of the second.)
+
+        Raises ImagesError naming bucket, key, cause and what to try.
+        """
+        name = safe_id(prediction_id)
+        folder = "/".join(filter(None, [self.prefix, f"{now.astimezone(UTC):%Y/%m/%d}"]))
+        stem = f"{folder}/{name}-{index}"
+        what = f"image {index} of prediction {name}"
+        key = (
+            f"{stem}.{encoded.extension}" if self._conditions_work else _with_suffix(stem, encoded)
+        )
+        for attempts_left in reversed(range(ATTEMPTS)):
+            conditional = self._conditions_work
+            try:
+                self._put(key, encoded, conditional)
+                break
+            except (ClientError, BotoCoreError) as error:
+                code = s3.error_code(error)
+                unsupported = conditional and code in _NO_CONDITIONS
+                if not attempts_left or not (unsupported or code in (*_TAKEN, _DAMAGED)):
+                    raise self._not_stored(what, key, error) from error
+                if unsupported:
+                    self._forgo_conditions()
+                if code != _DAMAGED:
+                    key = _with_suffix(stem, encoded)
+        return StoredImage(self.bucket, key, self._url(what, key))
+
+    def _put(self, key: str, encoded: EncodedImage, conditional: bool) -> None:
+        digest = hashlib.md5(encoded.data, usedforsecurity=False).digest()
+        request: PutObjectRequestTypeDef = {
+            "Bucket": self.bucket,
+            "Key": key,
+            "Body": encoded.data,
+            "ContentMD5": base64.b64encode(digest).decode(),
+            "ContentType": encoded.content_type,
+            "CacheControl": f"{'public' if self.public_base_url else 'private'}, {CACHE_FOREVER}",
+        }
+        if conditional:
+            request["IfNoneMatch"] = "*"
+        self.client.put_object(**request)
+
+    def _forgo_conditions(self) -> None:
+        if not self._conditions_work:  # another thread has just found out, and said so
+            return
+        self._conditions_work = False
+        _log.warning(
+            "the S3 server of bucket %s has no conditional writes (If-None-Match: *): from now on every image's "
+            "name gets a random suffix, so that none is overwritten",
+            self.bucket,
+        )
+
+    def _url(self, what: str, key: str) -> str:
+        if self.public_base_url:
+            return f"{self.public_base_url.rstrip('/')}/{quote(key)}"
+        try:
+            return self.client.generate_presigned_url(
+                "get_object",
+                Params={"Bucket": self.bucket, "Key": key},
+                ExpiresIn=self.url_lifetime,
+            )
+        except (
+            BotoCoreError
+        ) as error:  # signing is local, but a role's credentials may have to be renewed for it
+            explanation = s3.explain(error)
+            raise ImagesError(
+                f"{what} is stored as s3://{self.bucket}/{key}, but its URL could not be signed: {explanation}"
+            ) from error
+
+    def _not_stored(self, what: str, key: str, error: ClientError | BotoCoreError) -> ImagesError:
+        attempts = _attempts(error)
+        tried = f" (tried {attempts} times)" if attempts > 1 else ""
+        return ImagesError(
+            f"{what} was generated but could not be stored as s3://{self.bucket}/{key}{tried}: {s3.explain(error)}"
+        )
+
+
+def _with_suffix(stem: str, encoded: EncodedImage) -> str:
+    return f"{stem}-{secrets.token_hex(4)}.{encoded.extension}"
+
+
+def _attempts(error: ClientError | BotoCoreError) -> int:
+    """How often the client tried by itself before it gave up."""
+    if isinstance(error, ClientError):
+        return 1 + int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
+    # Without an answer there is no count, but botocore only ends there after its last attempt.
+    unanswered = (botocore_errors.ConnectionError, botocore_errors.HTTPClientError)
+    return s3.ATTEMPTS if isinstance(error, unanswered) else 1
+
+
+def safe_id(prediction_id: str | None) -> str:
+    """A caller's id as one path segment: letters, digits, and . _ - inside; at most 64 characters; never "..".
+
+    Different ids may become the same; `upload` keeps their images apart.
+    """
+    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", prediction_id or "")
+    cleaned = re.sub(r"\.{2,}", ".", cleaned).strip("-.")[:LONGEST_ID].rstrip("-.")
+    return cleaned or str(uuid.uuid4())
