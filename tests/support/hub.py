@@ -97,6 +97,9 @@ class LoopbackHub:
         self.requests: list[LoggedRequest] = []
         self.failures: dict[str, int] = {}
         self.cut_short: dict[str, int] = {}
+        self.held_fragment = ""
+        self._holding = threading.Event()
+        self._released = threading.Event()
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
@@ -155,6 +158,25 @@ class LoopbackHub:
         """Close the connection after `size` bytes of the next body whose path contains `fragment`."""
         self.cut_short[fragment] = size
 
+    def hold(self, fragment: str) -> None:
+        """Answer nothing whose path contains `fragment` until `release`."""
+        self.held_fragment = fragment
+        self._released.clear()
+
+    def wait_until_held(self) -> None:
+        """Return once a request is waiting."""
+        if not self._holding.wait(60):
+            raise TimeoutError("no request came to be held")
+
+    def release(self) -> None:
+        self._released.set()
+
+    def pass_or_wait(self, path: str) -> None:
+        """Called for every request, before it is answered."""
+        if self.held_fragment and self.held_fragment in path:
+            self._holding.set()
+            self._released.wait(60)
+
     def requested_files(self) -> set[str]:
         """`OWNER/NAME/path` of every file asked for; of large ones clients only ask HEAD here, then go to storage."""
         return {request.resolved_file for request in self.requests if request.resolved_file}
@@ -210,6 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         self._authorised = token in self.hub.accepted_tokens
         self.hub.log(LoggedRequest(self.command, path, self.headers.get("Range"), self._authorised))
+        self.hub.pass_or_wait(path)
         for fragment, status in self.hub.failures.items():
             if fragment in path:
                 self._json({"error": "made to fail"}, HTTPStatus(status))
