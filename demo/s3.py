@@ -190,6 +190,15 @@ class EmbeddedS3:
         """Forget every fault, and let go of the requests that one holds."""
         self._control("DELETE", "faults")
 
+    def wait_for_held_request(self) -> None:
+        """Return once a `hold` fault has a request in its grip.
+
+        Raises:
+            EmbeddedS3Error: no such request came within two minutes.
+        """
+        if not self._control("GET", "held"):
+            raise EmbeddedS3Error("No request came that a fault could hold.")
+
     def set_clock(self, offset_seconds: float) -> None:
         """Judge the expiry of presigned URLs this many seconds from now (0: by the real time)."""
         self._control("POST", "clock", {"offset": offset_seconds})

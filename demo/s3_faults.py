@@ -67,6 +67,7 @@ class FaultBook:
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
         self._cleared = threading.Event()
+        self._held = threading.Event()
 
     def add(self, fault: Fault) -> None:
         with self._lock:
@@ -76,7 +77,7 @@ class FaultBook:
         with self._lock:
             self._faults.clear()
             self._cleared.set()
-            self._cleared = threading.Event()
+            self._cleared, self._held = threading.Event(), threading.Event()
 
     def strike(self, method: str, bucket: str, key: str) -> Fault | None:
         """The fault that befalls this request, if any (the oldest rule that matches and still has strikes)."""
@@ -92,10 +93,18 @@ class FaultBook:
                 return fault
         return None
 
-    def wait_until_cleared(self) -> None:
+    def hold(self) -> None:
+        """Keep the calling thread, that of a request, until the faults are cleared."""
         with self._lock:
             cleared = self._cleared
+            self._held.set()
         cleared.wait(_HOLD_LIMIT_S)
+
+    def wait_until_held(self) -> bool:
+        """Wait until a request is being held; False when none came."""
+        with self._lock:
+            held = self._held
+        return held.wait(_HOLD_LIMIT_S)
 
 
 def to_json(value: Fault | RequestRecord) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Gate:
                 code = _FAULT_CODES.get(fault.status, "InternalError")
                 raise Refusal(fault.status, code, "A fault that the test asked for.")
             if fault and fault.kind == "hold":
-                self._faults.wait_until_cleared()
+                self._faults.hold()
             self._admit(environ, presigned)
             body = self._app(environ, answer.start)
         except Refusal as refusal:
@@ -118,6 +118,8 @@ class Gate:
                 self._faults.add(Fault(**_json_body(environ)))
             case "DELETE", "faults":
                 self._faults.clear()
+            case "GET", "held":
+                return _reply(start_response, 200, self._faults.wait_until_held())
             case "POST", "clock":
                 self._clock_offset = timedelta(seconds=_json_body(environ)["offset"])
             case _:

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from demo.small_tokenizer import END, START, vocabulary, write_tokenizer
 from demo.small_weights import draw_text_encoder, draw_unet, draw_vae
+from diffusion.recipe import Recipe, SchedulerRecipe
 
 DType = Literal["float32", "float16", "bfloat16"]
 NATIVE_SIZE = 256
@@ -202,20 +203,18 @@ def _model_index() -> dict[str, Any]:
 
 
 def _lightning_recipe(dtype: DType, steps: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "pipeline": "StableDiffusionXLPipeline",
-        "scheduler": {
-            "class_name": "EulerDiscreteScheduler",
-            "config": {"timestep_spacing": "trailing"},
-        },
-        "dtype": dtype,
-        "steps": list(steps),
-        "default_steps": steps[0],
-        "guidance_scale": 0.0,
-        "guidance_free": True,
-        "native_size": NATIVE_SIZE,
-        "source": None,
-    }
+    recipe = Recipe(
+        scheduler=SchedulerRecipe(
+            class_name="EulerDiscreteScheduler", config={"timestep_spacing": "trailing"}
+        ),
+        dtype=dtype,
+        steps=steps,
+        default_steps=steps[0],
+        guidance_scale=0.0,
+        guidance_free=True,
+        native_size=NATIVE_SIZE,
+    )
+    return recipe.model_dump(mode="json")
 
 
 def _make(cls: Any, **arguments: Any) -> Any:
