@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import fnmatch
 import re
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = sorted(path.name for path in ROOT.glob("requirements*.txt"))
@@ -27,6 +31,42 @@ def pins(name: str) -> dict[str, str]:
 def test_every_requirement_is_one_exact_version(name: str) -> None:
     for package, version in pins(name).items():
         assert re.fullmatch(r"[0-9][0-9A-Za-z.]*", version), f"{name}: {package}"
+
+
+def installed_with(requirements: Iterable[Requirement]) -> set[str]:
+    """The canonical names of these and of everything they need here, as far as it is installed."""
+    found: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = list(requirements)
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        if (name, frozenset(wanted.extras)) in seen:
+            continue
+        seen.add((name, frozenset(wanted.extras)))
+        found.add(name)
+        for line in metadata.requires(name) or []:
+            needed = Requirement(line)
+            extras = wanted.extras or {""}
+            if not needed.marker or any(needed.marker.evaluate({"extra": e}) for e in extras):
+                waiting.append(needed)
+    return found
+
+
+def requirements_of(pinned: Mapping[str, str]) -> list[Requirement]:
+    return [Requirement(f"{package}=={version}") for package, version in pinned.items()]
+
+
+def test_nothing_is_installed_that_is_not_pinned() -> None:
+    runtime = pins("requirements.txt")
+    development = runtime | pins("requirements-dev.txt")
+    # torch names these exactly, and which ones depends on the machine.
+    by_torch = re.compile(r"nvidia-|cuda-|triton")
+
+    for pinned in (runtime, development):
+        names = {canonicalize_name(requirement.name) for requirement in requirements_of(pinned)}
+        missing = installed_with(requirements_of(pinned)) - names
+        assert not [name for name in missing if not by_torch.match(name)]
 
 
 def test_cog_yaml_builds_what_the_repository_holds() -> None:
