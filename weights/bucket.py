@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 NETWORK_ERRORS = (botocore_errors.BotoCoreError, urllib3_errors.HTTPError, OSError)
+# urllib3's readinto reads into memory of its own first; at 1 MiB that stays in the processor's cache, and 16 threads
+# take 16 MiB with it, not 256.
+READ_SIZE = 1024 * 1024
 UNREACHABLE = "Unreachable"  # our code for a request that got no answer at all
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -76,15 +79,22 @@ class Bucket:
         length = sum(len(part) for part in into)
         condition: Any = {"IfMatch": f'"{etag}"'} if etag else {}
         wanted = f"bytes={start}-{start + length - 1}"
-        with self._explained("read", key):
-            answer = self.client.get_object(Bucket=self.name, Key=key, Range=wanted, **condition)
+        try:
+            with self._explained("read", key):
+                answer = self.client.get_object(
+                    Bucket=self.name, Key=key, Range=wanted, **condition
+                )
+        except BucketError as error:
+            if error.code == "PreconditionFailed":
+                raise self._replaced(key, "another", etag) from error
+            raise
         body = answer["Body"]
         try:
             self._check_answer(key, answer, start, length, size, etag)
             for part in into:
                 filled = 0
                 while filled < len(part):
-                    count = body.readinto(part[filled:])  # type: ignore[arg-type] # its stub wants a file
+                    count = body.readinto(part[filled : filled + READ_SIZE])  # type: ignore[arg-type] # its stub wants a file
                     if not count:
                         raise BucketError(
                             f"cannot read {self.url(key)}: the answer to {wanted} broke off"
@@ -102,10 +112,7 @@ class Bucket:
     ) -> None:
         got = answer["ETag"].strip('"')
         if etag and got != etag:
-            raise ObjectChangedError(
-                f"{self.url(key)} was replaced while it was read (ETag {got}, before {etag}). "
-                "A published version is never overwritten: load again, or publish the model again"
-            )
+            raise self._replaced(key, got, etag)
         # Some servers answer 200 with a right Content-Range; what counts is the range, not the status.
         content_range = _CONTENT_RANGE.fullmatch(answer.get("ContentRange", ""))
         if content_range is None:
@@ -126,6 +133,12 @@ class Bucket:
                 f"cannot read {self.url(key)}: asked for bytes {start}-{start + length - 1}, "
                 f"got {first}-{last}. Try again; if it stays, check the proxy or cache in front of the bucket"
             )
+
+    def _replaced(self, key: str, got: str, etag: str | None) -> ObjectChangedError:
+        return ObjectChangedError(
+            f"{self.url(key)} was replaced while it was read (ETag {got}, before {etag}). "
+            "A published version is never overwritten: load again, or publish the model again"
+        )
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object under `prefix`, page by page. Raises BucketError."""

@@ -1,0 +1,185 @@
+"""Publishing is atomic, sends only what is missing, mends what is broken, and refuses what must not be served."""
+
+from __future__ import annotations
+
+import pytest
+
+from demo.s3 import EmbeddedS3
+from demo.s3_faults import Fault
+from tests.weights.conftest import MODEL, RECIPE, publish_folder
+from weights import (
+    BucketError,
+    FolderError,
+    ModelNotFoundError,
+    activate,
+    find_snapshot,
+    plan_publication,
+    publish,
+    read_latest,
+)
+from weights.pull import verify
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def writes(s3: EmbeddedS3, name: str) -> list[str]:
+    """The keys of the objects that requests changed, in order; parts of an upload count as their object once."""
+    keys = [
+        record.key
+        for record in s3.requests(name)
+        if record.method in ("PUT", "POST", "DELETE") and record.key
+    ]
+    return list(dict.fromkeys(keys))
+
+
+def test_files_are_written_before_the_manifest_and_latest_last(s3, bucket, model):
+    publication = publish_folder(bucket, model)
+
+    written = writes(s3, bucket.name)
+
+    assert written[-2:] == [publication.key("manifest.json"), f"{MODEL}/latest.json"]
+    assert set(written[:-2]) == {publication.key(entry.path) for entry in publication.files}
+    assert read_latest(bucket, MODEL) == publication.version
+
+
+def test_publishing_the_same_folder_again_sends_nothing(s3, bucket, model):
+    publish_folder(bucket, model)
+    s3.forget_requests()
+
+    again = plan_publication(model, bucket, MODEL, RECIPE)
+    publish(again)
+
+    assert again.unchanged
+    assert writes(s3, bucket.name) == []
+
+
+def test_publishing_after_one_file_changed_sends_that_file(s3, bucket, own_model):
+    first = publish_folder(bucket, own_model)
+    (own_model / "vae" / "config.json").write_text('{"_class_name": "Other"}')
+    s3.forget_requests()
+
+    second = publish_folder(bucket, own_model)
+
+    assert [entry.path for entry in second.uploads] == ["vae/config.json"]
+    sent = [record for record in s3.requests(bucket.name) if record.request_bytes > 10_000]
+    assert sent == []
+    assert second.version != first.version
+    assert verify(bucket, find_snapshot(bucket, MODEL)).problems == ()
+    assert verify(bucket, find_snapshot(bucket, MODEL, first.version)).problems == ()
+
+
+def test_progress_counts_every_byte_hashed_and_sent(bucket, large_model):
+    hashed, sent = [], []
+
+    publication = plan_publication(large_model, bucket, MODEL, RECIPE, on_bytes=hashed.append)
+    publish(publication, on_bytes=sent.append)
+
+    assert sum(hashed) == sum(sent) == publication.total_bytes == publication.upload_bytes
+
+
+def test_a_failed_publication_leaves_readers_the_old_version_and_no_half_upload(
+    s3, bucket, large_model
+):
+    old = publish_folder(bucket, large_model)
+    (large_model / UNET).write_bytes((large_model / UNET).read_bytes()[:-1] + b"x")
+    # The first part arrives; the others are refused.
+    refusal = Fault(
+        kind="status", status=403, method="PUT", bucket=bucket.name, key=f"*/{UNET}", skip=1
+    )
+    with s3.fault(refusal), pytest.raises(BucketError, match=UNET):
+        publish_folder(bucket, large_model)
+
+    assert read_latest(bucket, MODEL) == old.version
+    uploads = bucket.client.list_multipart_uploads(Bucket=bucket.name)
+    assert uploads.get("Uploads", []) == []
+
+
+def test_an_interrupted_publication_goes_on_where_it_stopped(s3, bucket, model):
+    refusal = Fault(
+        kind="status", status=403, method="PUT", bucket=bucket.name, key="*/manifest.json"
+    )
+    with s3.fault(refusal), pytest.raises(BucketError):
+        publish_folder(bucket, model)
+    s3.forget_requests()
+
+    publication = publish_folder(bucket, model)
+
+    assert publication.uploads == ()
+    assert writes(s3, bucket.name) == [publication.key("manifest.json"), f"{MODEL}/latest.json"]
+
+
+def test_a_busy_server_is_tried_again(s3, bucket, model):
+    busy = Fault(kind="status", status=503, method="PUT", bucket=bucket.name, times=2)
+    with s3.fault(busy):
+        publish_folder(bucket, model)
+
+    assert verify(bucket, find_snapshot(bucket, MODEL)).problems == ()
+
+
+def test_publishing_again_mends_an_object_that_was_truncated(bucket, model, published):
+    bucket.client.put_object(Bucket=bucket.name, Key=published.key(UNET), Body=b"short")
+
+    mending = plan_publication(model, bucket, MODEL, RECIPE)
+    publish(mending)
+
+    assert [entry.path for entry in mending.uploads] == [UNET]
+    assert verify(bucket, find_snapshot(bucket, MODEL)).problems == ()
+
+
+def test_a_file_that_changes_after_hashing_is_not_published(bucket, own_model):
+    publication = plan_publication(own_model, bucket, MODEL, RECIPE)
+    (own_model / UNET).write_bytes((own_model / UNET).read_bytes()[:-1] + b"x")
+
+    with pytest.raises(FolderError, match="changed while it was being published"):
+        publish(publication)
+
+    assert read_latest(bucket, MODEL) is None
+
+
+@pytest.mark.parametrize("name", ["unet/model.bin", "old.ckpt"])
+def test_a_folder_with_a_pickle_is_refused(bucket, own_model, name):
+    (own_model / name).write_bytes(b"\x80\x04")
+    with pytest.raises(FolderError, match=f"{name}: it may hold a pickle"):
+        plan_publication(own_model, bucket, MODEL, RECIPE)
+
+
+def test_a_link_out_of_the_folder_is_refused(bucket, own_model):
+    (own_model / "passwords.txt").symlink_to("/etc/passwd")
+    with pytest.raises(FolderError, match="a link to /etc/passwd, outside the folder"):
+        plan_publication(own_model, bucket, MODEL, RECIPE)
+
+
+def test_hidden_files_stay_at_home(bucket, own_model):
+    (own_model / ".git").mkdir()
+    (own_model / ".git" / "config").write_text("secret")
+    (own_model / ".env").write_text("secret")
+    paths = [entry.path for entry in plan_publication(own_model, bucket, MODEL, RECIPE).files]
+    assert not any(path.startswith(".") for path in paths)
+
+
+@pytest.mark.parametrize("prepare", [lambda folder: None, lambda folder: folder.mkdir()])
+def test_a_missing_or_empty_folder_is_refused(bucket, tmp_path, prepare):
+    prepare(tmp_path / "nothing")
+    with pytest.raises(FolderError, match="nothing"):
+        plan_publication(tmp_path / "nothing", bucket, MODEL, RECIPE)
+
+
+def test_every_object_tells_its_sha256_to_other_tools(bucket, published):
+    for entry in published.files:
+        head = bucket.client.head_object(Bucket=bucket.name, Key=published.key(entry.path))
+        assert head["Metadata"]["sha256"] == entry.sha256
+
+
+def test_activate_goes_back_to_an_earlier_version(bucket, own_model):
+    first = publish_folder(bucket, own_model)
+    publish_folder(bucket, own_model, RECIPE | {"steps": [8]})
+
+    activate(bucket, MODEL, first.version)
+
+    assert find_snapshot(bucket, MODEL).version == first.version
+
+
+def test_activate_refuses_a_version_that_is_not_there(bucket, published):
+    with pytest.raises(ModelNotFoundError, match="0" * 32):
+        activate(bucket, MODEL, "0" * 32)
+    assert read_latest(bucket, MODEL) == published.version
