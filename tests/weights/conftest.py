@@ -22,7 +22,7 @@ NUMPY_DTYPES = {"F32": "float32", "F16": "float16", "I64": "int64"}
 
 
 def write_model(folder: Path, *, chunks: int = 1) -> Path:
-    """A folder laid out as diffusers does: a tensor of `chunks` chunks that straddles one more, some small, one empty."""
+    """A folder laid out as diffusers does: a tensor of `chunks` chunks across their borders, some small, one empty."""
     random = np.random.default_rng(0)
     floats = CHUNK_SIZE // 4
     unet = {
