@@ -5,6 +5,7 @@ picture that follows the prompt. `small_weights` draws them; this module knows t
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,3 +270,7 @@ def _shards(
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_small_sdxl(Path(sys.argv[1]))

@@ -1,0 +1,149 @@
+"""The stages of the demo, from an empty S3 server to a serving one. Each does one thing and says what it did.
+
+Only what a person following the tutorial would run is run here: the policies of `iam/`, `scripts/prepare_model.py`,
+Cog's own server. What is said to whom and in what order is `__main__`'s.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demo.processes import Child, DemoError, Signals, free_port, inherited_environment
+from demo.s3 import EmbeddedS3, Keypair
+from demo.tutorial import fetch
+from scripts.fill_iam import fill
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODEL_BUCKET = "model-storage"
+IMAGE_BUCKET = "generated-images"
+MODEL_PATH = "demo/small-sdxl-lightning"
+
+_SETUP_TIMEOUT_S = 600
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What every stage needs: a folder of its own for files, and the ways in which a stage can be ended."""
+
+    folder: Path
+    signals: Signals
+    exits: ExitStack
+
+    def start(self, name: str, command: list[str], environment: dict[str, str]) -> Child:
+        """Start a child that is stopped with the demo, come what may."""
+        with self.signals.deferred():
+            child = Child(
+                command,
+                environment=environment,
+                cwd=REPOSITORY,
+                log=self.folder / f"{Path(name).name}.log",
+            )
+            self.exits.callback(child.stop)
+        return child
+
+    def run(self, name: str, command: list[str], environment: dict[str, str]) -> str:
+        """Run a child to its end and return what it printed.
+
+        Raises:
+            DemoError: it failed; with the end of what it printed.
+        """
+        child = self.start(name, command, environment)
+        exit_code = child.wait()
+        child.stop()
+        if exit_code:
+            raise DemoError(f"{name} ended with exit code {exit_code}:\n{child.tail()}")
+        return child.log()
+
+
+def create_buckets(server: EmbeddedS3) -> None:
+    for bucket in (MODEL_BUCKET, IMAGE_BUCKET):
+        server.create_bucket(bucket)
+
+
+def create_keypair(server: EmbeddedS3, user: str) -> Keypair:
+    """A keypair with the rights of `iam/<user>.json`, for the demo's buckets."""
+    policy = json.loads((REPOSITORY / "iam" / f"{user}.json").read_text(encoding="utf-8"))
+    filled = fill(policy, model_bucket=MODEL_BUCKET, image_bucket=IMAGE_BUCKET)
+    return server.create_user(user, filled)
+
+
+def build_model(place: Workplace) -> Path:
+    folder = place.folder / "small-sdxl"
+    command = [sys.executable, "-m", "demo.small_sdxl", str(folder)]
+    place.run("demo.small_sdxl", command, inherited_environment())
+    return folder
+
+
+def publish(place: Workplace, server: EmbeddedS3, keypair: Keypair, model: Path) -> str:
+    """Publish with the script of the tutorial; return what it printed."""
+    command = [sys.executable, "scripts/prepare_model.py", str(model), MODEL_BUCKET]
+    command += ["--name", MODEL_PATH, "--destdir", str(place.folder / "prepared")]
+    environment = inherited_environment() | server.environment(keypair)
+    return place.run("scripts/prepare_model.py", command, environment)
+
+
+@dataclass(frozen=True)
+class CogServer:
+    """A serving Cog server."""
+
+    process: Child
+    address: str
+
+
+def serve(place: Workplace, server: EmbeddedS3, keypair: Keypair) -> CogServer:
+    """Start Cog's server with the keypair and the variables of the tutorial, and wait until it is ready.
+
+    Raises:
+        DemoError: the server ended, or its setup failed or took too long.
+    """
+    port = free_port()
+    here = str(Path(sys.executable).parent)
+    environment = inherited_environment() | server.environment(keypair)
+    environment |= {
+        "MODEL_PATH": MODEL_PATH,
+        "MODEL_BUCKET_NAME": MODEL_BUCKET,
+        "PUBLIC_BUCKET_NAME": IMAGE_BUCKET,
+        "COG_PREDICT_TYPE_STUB": "predict.py:Runner",
+        "COG_MAX_CONCURRENCY": "2",
+        "COG_SETUP_TIMEOUT": str(_SETUP_TIMEOUT_S),
+        "PORT": str(port),
+        # The server starts its worker as bare `python`; another one than ours would lack the packages.
+        "PATH": os.pathsep.join([here, environment.get("PATH", os.defpath)]),
+    }
+    command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
+    process = place.start("Cog server", command, environment)
+    address = f"http://127.0.0.1:{port}"
+    _wait_until_ready(process, lambda: _health(address))
+    return CogServer(process, address)
+
+
+def _wait_until_ready(process: Child, health: Callable[[], dict[str, Any] | None]) -> None:
+    deadline = time.monotonic() + _SETUP_TIMEOUT_S + 30
+    while time.monotonic() < deadline:
+        if process.exit_code is not None:
+            message = f"The Cog server ended with exit code {process.exit_code}. Its last lines:"
+            raise DemoError(f"{message}\n{process.tail()}")
+        state = health() or {}
+        if state.get("status") == "READY":
+            return
+        if state.get("status") == "SETUP_FAILED":
+            logs = (state.get("setup") or {}).get("logs") or process.tail()
+            raise DemoError(f"The Cog server's setup failed. What it said:\n{logs.strip()}")
+        time.sleep(_POLL_S)  # Cog tells its state only when asked
+    raise DemoError(f"The Cog server was not ready in time. Its last lines:\n{process.tail()}")
+
+
+def _health(address: str) -> dict[str, Any] | None:
+    try:
+        _, body, _ = fetch(f"{address}/health-check")
+        state: dict[str, Any] = json.loads(body)
+    except (DemoError, ValueError):
+        return None  # not listening yet
+    return state

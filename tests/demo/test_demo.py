@@ -1,0 +1,161 @@
+"""`make demo` from end to end, and that nothing it started outlives it, however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MARK = "DEMO_TEST_MARK"
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Demo:
+    """A demo running as a child, recognisable by a mark that everything it starts inherits."""
+
+    process: subprocess.Popen[str]
+    mark: str
+
+    @property
+    def output(self) -> IO[str]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def read_until(self, text: str) -> str:
+        """What it prints, up to and with `text` (which need not end a line)."""
+        seen = ""
+        while not seen.endswith(text):
+            character = self.output.read(1)
+            assert character, f"the demo ended without saying {text!r}:\n{seen}"
+            seen += character
+        return seen
+
+    def finish(self) -> tuple[int, str]:
+        rest = self.output.read()
+        return self.process.wait(60), rest
+
+    def relatives(self) -> list[str]:
+        """The command lines of all processes that carry the mark."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark:
+                    found.append(" ".join(process.cmdline()))
+            except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+        return found
+
+
+StartDemo = Callable[..., Demo]
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[StartDemo]:
+    """Starts demos; fails the test if one leaves a process behind."""
+    started: list[Demo] = []
+
+    def start(*arguments: str, **environment: str) -> Demo:
+        mark = uuid.uuid4().hex
+        inherited = {name: value for name, value in os.environ.items() if name != "KEEP"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "demo", "--output", str(tmp_path / "out"), *arguments],
+            cwd=REPOSITORY,
+            env={**inherited, **environment, MARK: mark, "TMPDIR": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        started.append(Demo(process, mark))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.process.send_signal(signal.SIGTERM)
+            each.process.wait(60)
+        each.output.close()
+        assert each.relatives() == []
+    assert list(tmp_path.glob("demo-*")) == [], "its temporary folder is gone"
+
+
+def test_demo_makes_an_image_and_leaves_nothing_running(demo: StartDemo, tmp_path: Path) -> None:
+    # An ambient setting, or a proxy, of whoever runs it must not matter.
+    running = demo(
+        AWS_ACCESS_KEY_ID="someone",
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+        MODEL_VERSION="another",
+        http_proxy="http://127.0.0.1:9",
+    )
+    exit_code, printed = running.finish()
+    assert exit_code == 0, printed
+    assert running.relatives() == []
+    assert "Published s3://model-storage/demo/small-sdxl-lightning version" in printed
+    (picture,) = (tmp_path / "out").iterdir()
+    assert f"The image: {picture}" in printed
+    with Image.open(picture) as image:
+        assert (image.format, image.size) == ("PNG", (256, 256))
+        assert "The space needle in Seattle" in " ".join(map(str, image.info.values()))
+
+
+def test_keep_serves_until_ctrl_c(demo: StartDemo) -> None:
+    running = demo(KEEP="1")
+    printed = running.read_until("--data-binary")
+    assert "Serving until Ctrl-C" in printed
+    address = printed.rsplit('curl "', 1)[1].partition("/predictions/")[0]
+    with urllib.request.urlopen(f"{address}/health-check") as response:
+        assert b'"READY"' in response.read()
+    running.process.send_signal(signal.SIGINT)
+    exit_code, rest = running.finish()
+    assert (exit_code, "Traceback" in rest) == (0, False)
+    assert running.relatives() == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("Start an embedded S3 server", signal.SIGINT),
+        ("Build a small SDXL model", signal.SIGTERM),
+        ("Start Cog's server", signal.SIGINT),
+    ],
+)
+def test_interrupted_demo_leaves_nothing_running(demo: StartDemo, stage: str, number: int) -> None:
+    running = demo()
+    running.read_until(stage)
+    running.process.send_signal(number)
+    exit_code, rest = running.finish()
+    assert exit_code == 128 + number
+    assert running.relatives() == []
+    assert "The demo was stopped by" in rest
+    assert "Traceback" not in rest
+
+
+def test_failing_setup_is_shown_and_leaves_nothing_running(demo: StartDemo) -> None:
+    running = demo(DEVICE="abacus")
+    exit_code, printed = running.finish()
+    assert exit_code == 1
+    assert running.relatives() == []
+    assert "The demo failed. The Cog server's setup failed." in printed
+    assert "DEVICE" in printed
+    assert "Traceback" not in printed
+
+
+def test_image_that_cannot_be_written_is_a_failure(demo: StartDemo, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file where the folder should be")
+    running = demo()
+    exit_code, printed = running.finish()
+    assert exit_code == 1
+    assert f"The image could not be written to {tmp_path / 'out'}" in printed
