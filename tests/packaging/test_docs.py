@@ -1,0 +1,112 @@
+"""The pages against the code: what a page names is there, and what a person may set is on a page."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo.tutorial import curl_command
+from scripts import generate_schema
+from settings import RunnerSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The rows of the first table after a heading, without its own two head rows."""
+    section = page.split(f"\n## {heading}\n", 1)[1]
+    rows = re.findall(r"^\|(.*)\|$", section.split("\n## ")[0], re.MULTILINE)
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows[2:]]
+
+
+def bare(cell: str) -> str:
+    return cell.strip("`")
+
+
+def test_every_variable_has_its_row_in_the_readme() -> None:
+    rows = {bare(name): bare(default) for name, default, _ in table(README, "Environment")}
+    fields = {str(field.validation_alias): field for field in RunnerSettings.model_fields.values()}
+
+    assert rows.keys() == fields.keys()
+    for name, field in fields.items():
+        assert (rows[name] == "required") == field.is_required(), name
+        if isinstance(field.default, int) or field.default == "auto":
+            assert rows[name] == str(field.default)
+
+
+def test_every_input_has_its_row() -> None:
+    page = (ROOT / "docs/requests.md").read_text(encoding="utf-8")
+    rows = {bare(name): bare(default) for name, default, _ in table(page, "Inputs")}
+    schema: dict[str, Any] = json.loads((ROOT / generate_schema.SCHEMA_PATH).read_text())
+    inputs = schema["components"]["schemas"]["Input"]
+
+    assert list(rows) == list(inputs["properties"])
+    for name, described in inputs["properties"].items():
+        assert (rows[name] == "required") == (name in inputs["required"])
+        if described.get("default") is not None:
+            assert json.loads(rows[name]) == described["default"]
+
+
+def test_the_curl_in_the_readme_is_the_one_the_demo_sends() -> None:
+    assert curl_command("http://ip:port") in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
+
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("script", ["prepare_model.py", "fill_iam.py", "generate_schema.py"])
+def test_every_option_that_a_page_gives_a_script_is_known_to_it(script: str) -> None:
+    asked = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", " ")
+    given = set()
+    for line in re.findall(rf"^python scripts/{re.escape(script)}.*$", pages, re.MULTILINE):
+        given |= set(re.findall(r"--[a-z-]+", line))
+
+    assert [option for option in given if option not in asked.stdout] == []
+
+
+def test_every_command_on_the_weights_is_on_its_page() -> None:
+    page = (ROOT / "docs/bucket.md").read_text(encoding="utf-8")
+    asked = subprocess.run(
+        [sys.executable, "-m", "weights", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = table(page, "Looking at it, and changing what is served")
+    commands = re.findall(r"^    ([a-z]+) ", asked.stdout, re.MULTILINE)
+
+    assert {bare(row[0]).split()[0] for row in rows} == set(commands)
+
+
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE)))
+)
+def test_every_make_target_in_the_readme_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_picture_is_well_formed_and_described() -> None:
+    picture = ET.parse(ROOT / "docs/journeys.svg").getroot()  # noqa: S314 - our own file
+
+    described = {child.tag.rpartition("}")[2] for child in picture}
+    assert {"title", "desc"} <= described
