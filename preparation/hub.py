@@ -151,7 +151,7 @@ class Hub:
         if isinstance(error, OSError):
             return PreparationError(
                 f"{doing.capitalize()} {where} into {self.cache}: {error.strerror or error}. "
-                "Free some space, or set HF_HOME to a folder on a larger disk."
+                "Check its permissions and free space, or set HF_HOME to another folder."
             )
         return None
 

@@ -110,7 +110,12 @@ def make_plan(request: Request) -> Plan:
         return plan_mirror(LocalFolder.open(Path(request.source).expanduser()), None, request.jobs)
     if is_lightning(request.source):
         return plan_lightning(request.hub, request.revision, request.jobs)
-    repo = request.hub.open(request.source, request.revision)
+    try:
+        repo = request.hub.open(request.source, request.revision)
+    except UsageError as error:
+        if not Path(request.source).is_dir():
+            raise
+        raise UsageError(f"{error} If the local folder is meant, add --name.") from error
     source = Source(repo=repo.repo_id, revision=repo.commit, licence=repo.licence)
     return plan_mirror(repo, source, request.jobs)
 

@@ -26,6 +26,15 @@ def test_unknown_repo(finetune_hub: LoopbackHub, run: Prepare) -> None:
         run("someone/nothing")
 
 
+def test_folder_that_looks_like_a_repo_is_pointed_out(
+    finetune_hub: LoopbackHub, run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="If the local folder is meant, add --name"):
+        run("models/mine")
+
+
 def test_unknown_revision(finetune_hub: LoopbackHub, run: Prepare) -> None:
     with pytest.raises(UsageError, match="has no revision 'v9'"):
         run(FINETUNE, revision="v9")

@@ -45,18 +45,19 @@ def test_lightning_is_published_and_the_deployments_environment_is_printed(
 
 
 def test_offline_with_a_warm_cache_publishes_the_same_version(
-    lightning_hub: LoopbackHub, command: Command, bucket: Bucket, tmp_path: Path
+    loopback_hub: LoopbackHub, command: Command, bucket: Bucket, models: Models, tmp_path: Path
 ) -> None:
     # given a first run with a network, and a Hub that nobody asks any more
-    assert command(LIGHTNING, bucket.name).code == 0
+    loopback_hub.add(FINETUNE, models.finetune)
+    assert command(FINETUNE, bucket.name).code == 0
     (tmp_path / "prepared").rename(tmp_path / "put away")
-    lightning_hub.forget()
+    loopback_hub.forget()
     # when
-    ran = command(LIGHTNING, bucket.name, HF_HUB_OFFLINE="1")
+    ran = command(FINETUNE, bucket.name, HF_HUB_OFFLINE="1")
     # then
     assert ran.code == 0, ran.err
     assert "Unchanged" in ran.out
-    assert lightning_hub.requests == []
+    assert loopback_hub.requests == []
 
 
 def test_offline_with_a_cold_cache_says_so(command: Command, bucket: Bucket) -> None:
@@ -149,6 +150,24 @@ def test_wrong_bucket_is_named(loopback_hub: LoopbackHub, command: Command, mode
     assert ran.code == 2, ran.err
     assert "no-such-bucket" in ran.err
     assert "the bucket does not exist" in ran.err
+
+
+def test_keypair_that_may_only_read_is_refused_and_publishes_nothing(
+    command: Command, bucket: Bucket, models: Models, s3: EmbeddedS3
+) -> None:
+    resource = f"arn:aws:s3:::{bucket.name}/*"
+    reader = s3.create_user(
+        f"reader-of-{bucket.name}",
+        {
+            "Version": "2012-10-17",
+            "Statement": [{"Effect": "Allow", "Action": "s3:GetObject", "Resource": resource}],
+        },
+    )
+    ran = command(models.full, bucket.name, "--name", "me/model", **s3.environment(reader))
+    assert ran.code == 2, ran.err
+    assert f"s3://{bucket.name}/me/model" in ran.err
+    assert reader.secret_access_key not in ran.out + ran.err
+    assert _keys(bucket) == []
 
 
 def test_bucket_that_cannot_be_reached_is_a_failure(

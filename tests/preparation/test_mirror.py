@@ -10,7 +10,7 @@ import pytest
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from preparation import UsageError
+from preparation import PreparationError, UsageError
 from preparation.hub import Hub
 from tests.preparation.conftest import BASE, FINETUNE, Models, Prepare
 from tests.preparation.repositories import WEIGHTS, split
@@ -169,6 +169,6 @@ def test_damaged_file_in_the_cache_is_found_out(
     blob.write_bytes(content)
     # when, then
     with pytest.raises(
-        Exception, match=r"diffusion_pytorch_model\.safetensors .* is damaged on this disk"
+        PreparationError, match=r"diffusion_pytorch_model\.safetensors .* is damaged on this disk"
     ):
         run(FINETUNE, folder=tmp_path / "elsewhere")

@@ -1,0 +1,97 @@
+"""What a person sees while stages run, on a terminal and off it."""
+
+from __future__ import annotations
+
+import io
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from preparation.errors import CancelledStageError
+from preparation.hub import _ForwardingBar
+from preparation.progress import Progress, human_size
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_off_a_terminal_each_stage_is_one_line() -> None:
+    out = io.StringIO()
+    with Progress(out).stage("Download", 3_000_000) as stage:
+        stage.advance(1_000_000)
+        stage.advance(2_000_000)
+    (line,) = out.getvalue().splitlines()
+    assert line.startswith("Download: 3 MB in ")
+
+
+def test_on_a_terminal_a_bar_is_drawn() -> None:
+    out = Terminal()
+    with Progress(out).stage("Upload", 10) as stage:
+        stage.advance(10)
+    assert "Upload: 100%" in out.getvalue()
+
+
+def test_stage_with_nothing_to_do_is_not_mentioned() -> None:
+    for out in (io.StringIO(), Terminal()):
+        with Progress(out).stage("Convert", 0):
+            pass
+        assert out.getvalue() == ""
+
+
+def test_bytes_are_counted_from_many_threads() -> None:
+    with (
+        Progress(io.StringIO()).stage("Hash", 8000) as stage,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        for _ in range(8000):
+            pool.submit(stage.advance, 1)
+    assert stage.done == 8000
+
+
+def test_interrupt_stops_the_threads_of_a_running_stage() -> None:
+    progress = Progress(io.StringIO())
+    with (
+        pytest.raises(KeyboardInterrupt),
+        progress.stopping_on_signals(),
+        progress.stage("Upload", 10) as stage,
+    ):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(CancelledStageError):
+        stage.advance(1)
+
+
+def test_hubs_client_finds_on_the_bar_all_it_looks_for() -> None:
+    """As huggingface_hub drives it for files in Xet storage, which the loopback Hub does not have."""
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    moved: list[int] = []
+    bar = type("Bar", (_ForwardingBar,), {"on_bytes": staticmethod(moved.append)})
+
+    class Report:
+        total_bytes = 100
+        total_bytes_completed = 60
+        total_bytes_completion_rate = 1.0
+        total_transfer_bytes_completed = 80
+        total_transfer_bytes_completion_rate = 1.0
+
+    options = {"reconstruction_desc": "x", "total": 100, "log_level": 20, "tqdm_class": bar}
+    with XetDownloadProgressReporter(**options) as reporter:
+        reporter.update_progress(Report())
+    assert moved == [60]  # bytes on disk, not those off the wire
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (5_135_149_760, "5.14 GB"),
+        (167_335_342, "167 MB"),
+    ],
+)
+def test_sizes_read_as_on_the_hub(size: int, text: str) -> None:
+    assert human_size(size) == text
