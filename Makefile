@@ -6,7 +6,7 @@
 #   ARGS="-k manifest -x"        passed to pytest
 #
 # On Linux the torch that pip takes from PyPI comes with gigabytes of CUDA libraries. Where there is
-# no NVIDIA card, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes it a small download.
+# no NVIDIA card, PIP_EXTRA_INDEX_URL naming PyTorch's CPU builds makes it a much smaller download.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -16,7 +16,8 @@ VENV := .venv
 SKY_VENV := .venv-sky
 PY := $(VENV)/bin/python
 NEEDS_311 := import sys; sys.exit(sys.version_info < (3, 11))
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Without --no-compile pip spends a minute on bytecode of which the first run uses a tenth.
+PIP_INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check
 
 # The first one that is there, runs, and is new enough.
 PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do \

@@ -10,6 +10,9 @@ import pytest
 
 from demo.s3 import EmbeddedS3
 from demo.small_sdxl import write_small_sdxl
+from tests.support.system_programs import pytest_runtest_setup
+
+__all__ = ["pytest_runtest_setup"]  # a hook: pytest finds it by its name
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,30 @@ import pytest
 from demo.tutorial import curl_command
 from scripts import generate_schema
 from settings import RunnerSettings
+from tests.support.cog_server import CogServer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+COUNTS_ITS_INPUTS = """
+from cog import BaseRunner
+
+
+class Runner(BaseRunner):
+    async def run(
+        self,
+        prompt: str,
+        aspect_ratio: str,
+        guidance_scale: float,
+        num_inference_steps: int,
+        max_sequence_length: int,
+        output_format: str,
+        num_outputs: int,
+    ) -> list[str]:
+        return [str(len(locals()) - 1)]
+"""
 
 
 def table(page: str, heading: str) -> list[list[str]]:
@@ -58,6 +78,28 @@ def test_every_input_has_its_row() -> None:
 
 def test_the_curl_in_the_readme_is_the_one_the_demo_sends() -> None:
     assert curl_command("http://ip:port") in README
+
+
+@pytest.mark.system_program("curl", "uuidgen")
+def test_the_curl_in_the_readme_fits_the_schema_as_it_stands(tmp_path: Path) -> None:
+    """A shell runs it, only the address filled in; behind the tracked schema a runner counts inputs."""
+    [command] = re.findall(r"^curl .*?^}'$", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "predict.py").write_text(COUNTS_ITS_INPUTS)
+    (tmp_path / ".cog").mkdir()
+    (tmp_path / generate_schema.SCHEMA_PATH).write_bytes(
+        (ROOT / generate_schema.SCHEMA_PATH).read_bytes()
+    )
+
+    with CogServer({}, cwd=tmp_path) as server:
+        answer = subprocess.run(
+            ["/bin/sh", "-c", command.replace("http://ip:port", server.url)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+    assert json.loads(answer.stdout)["status"] == "succeeded", answer.stdout
+    assert json.loads(answer.stdout)["output"] == ["7"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

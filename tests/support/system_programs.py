@@ -2,7 +2,7 @@
 
 Missing on a person's machine, the test is skipped and says what it needed. Where
 REQUIRE_SYSTEM_PROGRAMS=1, as in .ci/run, the same test fails instead: nothing is skipped unseen.
-A conftest.py takes this up with `pytest_plugins = ["tests.support.system_programs"]`.
+tests/conftest.py imports the hook, so this holds for every test.
 """
 
 from __future__ import annotations
