@@ -80,9 +80,8 @@ def _land(
         elif landed.path not in ignored:
             ignored.add(landed.path)
             logger.warning("Ignoring %s: it belongs to no part of an SDXL pipeline.", landed.path)
-        del (
-            landed
-        )  # or its memory would outlive it by one turn, while the next tensor takes as much
+        # Or its memory would outlive it by one turn, while the next tensor takes as much.
+        del landed
     for landing in landings.values():
         landing.finish(problems)
     problems.raise_if_any()

@@ -12,8 +12,8 @@ from tests.diffusion.support import GUIDED, LIGHTNING, build_engine, stock_pipel
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_sdxl(tmp_path_factory.mktemp("small-sdxl"))
+def model(small_sdxl: Path) -> Path:
+    return small_sdxl
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import NonFiniteError, OutOfMemoryError, RequestError
-from tests.diffusion.support import GUIDED, LIGHTNING, build, build_engine, pixels
+from tests.diffusion.support import GUIDED, LIGHTNING, build, pixels
 
 REQUEST = GenerationRequest(prompt="a small red boat", width=64, height=64, steps=1, seed=3)
 
@@ -137,6 +137,19 @@ def test_warming_up_generates_at_the_native_size_and_takes_a_step_count_the_chec
     assert seen == [(1, 3, 64, 64)]
 
 
+def test_every_image_has_a_scheduler_of_its_own(model):
+    # A scheduler counts steps and remembers past ones; nothing of that may reach the next image.
+    pipeline = build(model)
+    seen = []
+    pipeline.unet.register_forward_hook(lambda *_: seen.append(pipeline.scheduler))
+
+    list(Engine(pipeline, LIGHTNING).generate(dataclasses.replace(REQUEST, num_outputs=2)))
+
+    first, second = seen
+    assert first is not second
+    assert first.config == second.config
+
+
 def test_requests_at_the_same_time_give_the_images_they_give_alone(guided):
     requests = [
         dataclasses.replace(REQUEST, seed=50, steps=3, num_outputs=2, guidance_scale=6.0),
@@ -199,13 +212,13 @@ def test_a_vae_that_overflows_in_float16_is_named_with_the_one_that_does_not(mod
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("kind", "words"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20.00 GiB.\nMore"),
+        (RuntimeError, "[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_out_of_memory_fails_one_request_with_advice_and_frees_what_it_took(model, error):
+def test_out_of_memory_fails_one_request_with_advice_and_frees_what_it_took(model, kind, words):
     # The error itself cannot be had at will without filling the machine, so a hook in the UNet raises it, as
     # an allocation inside would. The tensor it took by then must be gone when the caller hears of it.
     pipeline = build(model)
@@ -215,14 +228,13 @@ def test_out_of_memory_fails_one_request_with_advice_and_frees_what_it_took(mode
     def allocate(*_: object) -> None:
         tensor = torch.zeros(64)
         taken.append(weakref.ref(tensor))
-        raise error.with_traceback(None)
+        raise kind(words)
 
     hook = pipeline.unet.mid_block.register_forward_hook(allocate)
     gc.disable()  # so that only what the engine itself lets go of is gone
     try:
         list(engine.generate(REQUEST))
     except OutOfMemoryError as raised:
-        error.__traceback__ = None  # this test's own hold on the frames
         still_there = taken[0]() is not None
         message = str(raised)
     finally:

@@ -51,10 +51,11 @@ print(json.dumps({"model": model, "peak": peak - before}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize(("file_dtype", "name"), [("float32", "F32"), ("float16", "F16")])
 def test_building_takes_the_model_and_at_most_512_mib(model, file_dtype, name):
-    channels = {"block_out_channels": [320, 640, 640], "attention_head_dim": [5, 10, 10]}
+    channels = {"block_out_channels": [320, 640, 960], "attention_head_dim": [5, 10, 15]}
     configs = edited(read_configs(model), "unet/config.json", **channels)
     given = json.dumps({path: content.decode() for path, content in configs.items()})
 
@@ -65,5 +66,6 @@ def test_building_takes_the_model_and_at_most_512_mib(model, file_dtype, name):
 
     assert run.returncode == 0, run.stderr
     measured = json.loads(run.stdout)
-    assert measured["model"] > 700 * MIB, "too small to tell a second copy"
+    # Large enough to tell a second copy, even one in half precision.
+    assert measured["model"] > 1100 * MIB
     assert measured["model"] <= measured["peak"] <= measured["model"] + 512 * MIB

@@ -15,10 +15,10 @@ from diffusion.engine import Engine, GenerationRequest
 from diffusion.recipe import Recipe, SchedulerRecipe
 from tests.diffusion.support import (
     GUIDED,
-    build,
     build_engine,
     generators,
     pixels,
+    read_configs,
     stock_pipeline,
 )
 
@@ -84,18 +84,13 @@ def test_guidance_and_the_negative_prompt_make_a_difference(guided):
 
 
 def test_a_mirrored_model_is_run_by_its_own_scheduler_config(model, stock):
-    pipeline = build(model, GUIDED)
-    configs_recipe = Recipe.from_configs(
-        {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*.json")}
-    )
-    engine = Engine(build(model, configs_recipe), configs_recipe)
+    engine = build_engine(model, Recipe.from_configs(read_configs(model)))
 
     ours = one(engine, steps=3, guidance_scale=0.0)
 
     theirs = stocks(stock_pipeline(model, trailing=False), num_inference_steps=3)
     np.testing.assert_array_equal(ours, theirs)
     assert (ours != stocks(stock, num_inference_steps=3)).any(), "leading and trailing differ"
-    assert pipeline.scheduler.config.timestep_spacing == "trailing"
 
 
 @pytest.mark.parametrize("count", [2, 3])
