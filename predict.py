@@ -173,13 +173,16 @@ class Runner(BaseRunner):
         finally:
             for upload in uploads:
                 upload.cancel()
-        urls = []
+        urls: list[str] = []
+        failures: list[BaseException] = []
         for result in finished:
             if isinstance(result, BaseException):
-                raise result
-            url, seconds = result
-            urls.append(url)
-            _add(timings, seconds)
+                failures.append(result)
+            else:
+                urls.append(result[0])
+                _add(timings, result[1])
+        if failures:
+            raise _with_what_was_stored(failures[0], urls)
         self.record_metric("seed", seeds[0])
         self.record_metric("model_version", self.model_version)
         for stage, seconds_spent in timings.items():
@@ -210,9 +213,12 @@ class Runner(BaseRunner):
         )
         encoded = encode(image.image, output_format, output_quality, provenance.as_text())
         encoded_at = time.perf_counter()
-        stored = self.store.upload(
-            encoded, prediction_id=prediction_id, index=index, now=datetime.now(UTC)
-        )
+        try:
+            stored = self.store.upload(
+                encoded, prediction_id=prediction_id, index=index, now=datetime.now(UTC)
+            )
+        except ImagesError as error:
+            raise ImagesError(f"{error}. To make it again, send seed {image.seed}") from error
         done = time.perf_counter()
         return stored.url, {"encode": encoded_at - started, "upload": done - encoded_at}
 
@@ -272,6 +278,13 @@ def _reporting_progress(stream: ModelStream) -> Iterator[LandedTensor]:
                 rate / 1e9,
                 left,
             )
+
+
+def _with_what_was_stored(failure: BaseException, urls: list[str]) -> BaseException:
+    """The failure of one image, with the URLs of those that did arrive: they are paid for, and nobody else knows."""
+    if not urls or not isinstance(failure, ImagesError):
+        return failure
+    return ImagesError(f"{failure}. The other images are stored: {' '.join(urls)}")
 
 
 def _prediction_id() -> str | None:

@@ -80,6 +80,9 @@ def _check_prompt(name: str, text: str) -> None:
             f"{name} has {len(text):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most that is accepted, and CLIP "
             "reads only the first 77 tokens, about 50 words."
         )
+    if "\0" in text:
+        # No image file's metadata can hold one, so the image could not be made again from what its file says.
+        raise RequestError(f"{name} contains a NUL character; send text without it.")
 
 
 def _check_side(name: str, pixels: int, largest: int, multiple: int) -> None:

@@ -35,6 +35,7 @@ def test_what_is_left_open_comes_from_the_recipe():
         ({"prompt": " \n\t"}, "prompt is empty"),
         ({"prompt": "a" * 10_000_000}, r"prompt has 10,000,000 characters; 10,000"),
         ({"negative_prompt": "a" * 10_001}, "negative_prompt has 10,001 characters"),
+        ({"prompt": "a\0b"}, "prompt contains a NUL character"),
         ({"width": 0}, "width is 0"),
         ({"height": -64}, "height is -64"),
         ({"width": 1000}, "width is 1000 pixels; .* multiples of 32, such as 992"),
