@@ -45,6 +45,8 @@ def _run(place: Workplace, options: argparse.Namespace) -> None:
     server = EmbeddedS3()
     place.exits.callback(server.stop)
     with console.stage("Start an embedded S3 server that enforces rights"):
+        with place.signals.deferred():
+            server.launch()
         server.start()
         console.note(server.endpoint_url)
     with console.stage(f"Create two private buckets: {MODEL_BUCKET}, {IMAGE_BUCKET}"):
@@ -64,9 +66,9 @@ def _run(place: Workplace, options: argparse.Namespace) -> None:
         prediction = tutorial.send(cog.address, inherited_environment())
         url = prediction["output"][0]
         console.note(url)
-    with console.stage("Fetch the URL, and see that without its signature it is refused"):
+    with console.stage("Fetch the URL; without its signature it is refused"):
         picture = tutorial.fetch_picture(url)
-        target = _save(picture.png, options.output / tutorial.file_name(url))
+        target = save(picture.png, options.output / tutorial.file_name(url))
         seed = prediction.get("metrics", {}).get("seed", "unknown")
         console.note(f"a PNG of {picture.width} x {picture.height} pixels, seed {seed}")
     console.say(f"\nThe image: {target}")
@@ -77,7 +79,8 @@ def _run(place: Workplace, options: argparse.Namespace) -> None:
         _serve_until_stopped(cog, console)
 
 
-def _save(png: bytes, target: Path) -> Path:
+def save(png: bytes, target: Path) -> Path:
+    """Write the image and return its path; raises DemoError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(png)

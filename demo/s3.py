@@ -1,8 +1,8 @@
 """`EmbeddedS3`: a real S3 endpoint with IAM enforced, for the demo and the tests, in a child process on loopback.
 
 It stands in for AWS or Tigris. moto speaks the protocol and checks signatures, actions and resources; `s3_gate` adds
-presigned URLs, a record of requests and faults on demand. Not enforced: `s3:prefix` conditions, rights on the source
-of a copy. Nothing is kept: what it holds ends with it.
+presigned URLs, a record of requests and faults on demand. Not enforced: a policy's conditions, rights on the
+source of a copy. Nothing is kept: what it holds ends with it.
 """
 
 import contextlib
@@ -52,14 +52,10 @@ class EmbeddedS3:
         self._log: IO[bytes] | None = None
         self._ready: dict[str, Any] = {}
 
-    def start(self) -> Self:
-        """Start the server and return once it serves.
-
-        Raises:
-            EmbeddedS3Error: it did not start; the message ends with its own last words.
-        """
+    def launch(self) -> None:
+        """Start the server's process without waiting for it; `start()` does that."""
         if self._process is not None:
-            return self
+            return
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "demo.s3_server"],
@@ -70,7 +66,18 @@ class EmbeddedS3:
             env=_environment_without_aws(),
             start_new_session=True,  # Ctrl-C is for the parent, which then stops its server in order
         )
-        line = self._process.stdout.readline() if self._process.stdout else b""
+
+    def start(self) -> Self:
+        """Start the server and return once it serves.
+
+        Raises:
+            EmbeddedS3Error: it did not start; the message ends with its own last words.
+        """
+        self.launch()
+        if self._ready:
+            return self
+        process = self._launched()
+        line = process.stdout.readline() if process.stdout else b""
         if not line:
             last_words = self._last_words()
             self.stop()
@@ -80,7 +87,7 @@ class EmbeddedS3:
 
     def stop(self) -> None:
         """End the server; what it held is gone. Does nothing if it is not running."""
-        process, self._process = self._process, None
+        process, self._process, self._ready = self._process, None, {}
         if process is None:
             return
         for pipe in (process.stdin, process.stdout):
@@ -107,17 +114,16 @@ class EmbeddedS3:
 
     @property
     def pid(self) -> int:
-        return self._running().pid
+        return self._launched().pid
 
     @property
     def endpoint_url(self) -> str:
-        self._running()
-        return f"http://127.0.0.1:{self._ready['port']}"
+        return f"http://127.0.0.1:{self._serving()['port']}"
 
     @property
     def admin(self) -> Keypair:
-        self._running()
-        return Keypair(self._ready["access_key_id"], self._ready["secret_access_key"])
+        ready = self._serving()
+        return Keypair(ready["access_key_id"], ready["secret_access_key"])
 
     def environment(self, keypair: Keypair | None = None) -> dict[str, str]:
         """The variables that point a program at this server with `keypair` (the admin's, unless given)."""
@@ -146,6 +152,7 @@ class EmbeddedS3:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 retries={"total_max_attempts": 1},
+                proxies={},  # loopback is never behind a proxy, whatever the environment says
             ),
         )
 
@@ -218,10 +225,14 @@ class EmbeddedS3:
         with opener.open(request) as response:
             return json.load(response)
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _launched(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             raise EmbeddedS3Error("The embedded S3 server is not running: call start() first.")
         return self._process
+
+    def _serving(self) -> dict[str, Any]:
+        self._launched()
+        return self._ready
 
     def _last_words(self) -> str:
         if self._process is None or self._log is None:

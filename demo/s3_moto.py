@@ -1,20 +1,59 @@
-"""What the embedded server changes in moto: only how bytes are kept, so that large objects move at useful speed.
+"""The moto application that the embedded server runs, its users, and what is changed in it.
 
-As it comes, moto keeps content in spooled files, reads a whole object for every ranged request (300 MB in ranges of
-16 MB moved 5.7 GB), and copies every part of a multipart upload several times. What requests mean stays moto's own.
+Changed is only how bytes are kept, so that large objects move at useful speed. As it comes, moto keeps content in
+spooled files, reads a whole object for every ranged request (300 MB in ranges of 16 MB moved 5.7 GB), and copies every
+part of a multipart upload several times. What requests mean stays moto's own.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
+from moto.core.models import DEFAULT_ACCOUNT_ID
+from moto.iam.models import iam_backends
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.s3.exceptions import EntityTooSmall, InvalidPart, MalformedXML
 from moto.s3.models import FakeKey, FakeMultipart
 from moto.settings import S3_UPLOAD_PART_MIN_SIZE
 
+_ADMIN = "admin"
+_ADMIN_POLICY = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": ["s3:*", "iam:*", "sts:*"], "Resource": "*"}],
+}
 
-def keep_content_in_memory() -> None:
-    """Have moto keep each object as one immutable string of bytes. For moto 5.2; call before the first request."""
+
+def application() -> Any:
+    """moto's WSGI application, which tells services apart by how a request is signed."""
+    _keep_content_in_memory()
+    return DomainDispatcherApplication(create_backend_app)
+
+
+def create_admin() -> tuple[str, str]:
+    """Make the first user, who may do everything, and a key of theirs: its id and its secret.
+
+    It is made from within: with rights enforced there is no other way.
+    """
+    iam = iam_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    iam.create_user(region_name="us-east-1", user_name=_ADMIN)
+    iam.put_user_policy(_ADMIN, "everything", json.dumps(_ADMIN_POLICY))
+    key: Any = iam.create_access_key(_ADMIN)
+    return key.access_key_id, key.secret_access_key
+
+
+def secret_of(access_key_id: str) -> str | None:
+    """The secret of an active access key; None if there is no such key."""
+    iam = iam_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    for user in list(iam.users.values()):
+        for key in user.access_keys:
+            if key.access_key_id == access_key_id and key.status == "Active":
+                return str(key.secret_access_key)
+    return None
+
+
+def _keep_content_in_memory() -> None:
+    """Have moto (5.2) keep each object as one immutable string of bytes."""
     moto_key: Any = FakeKey
     moto_key.value = property(_content, _set_content)
     moto_key.etag = property(_etag)

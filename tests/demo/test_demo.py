@@ -1,5 +1,6 @@
 """`make demo` from end to end, and that nothing it started outlives it, however it ends."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,16 +10,19 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 import pytest
 from PIL import Image
 
+from demo.__main__ import save
+from demo.processes import DemoError
+from demo.s3 import EmbeddedS3
+from demo.tutorial import curl_command, fetch_picture
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "DEMO_TEST_MARK"
-
-pytestmark = pytest.mark.slow
 
 
 @dataclass
@@ -92,6 +96,7 @@ def demo(tmp_path: Path) -> Iterator[StartDemo]:
     assert list(tmp_path.glob("demo-*")) == [], "its temporary folder is gone"
 
 
+@pytest.mark.slow
 def test_demo_makes_an_image_and_leaves_nothing_running(demo: StartDemo, tmp_path: Path) -> None:
     # An ambient setting, or a proxy, of whoever runs it must not matter.
     running = demo(
@@ -111,6 +116,7 @@ def test_demo_makes_an_image_and_leaves_nothing_running(demo: StartDemo, tmp_pat
         assert "The space needle in Seattle" in " ".join(map(str, image.info.values()))
 
 
+@pytest.mark.slow
 def test_keep_serves_until_ctrl_c(demo: StartDemo) -> None:
     running = demo(KEEP="1")
     printed = running.read_until("--data-binary")
@@ -124,6 +130,7 @@ def test_keep_serves_until_ctrl_c(demo: StartDemo) -> None:
     assert running.relatives() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "number"),
     [
@@ -143,6 +150,7 @@ def test_interrupted_demo_leaves_nothing_running(demo: StartDemo, stage: str, nu
     assert "Traceback" not in rest
 
 
+@pytest.mark.slow
 def test_failing_setup_is_shown_and_leaves_nothing_running(demo: StartDemo) -> None:
     running = demo(DEVICE="abacus")
     exit_code, printed = running.finish()
@@ -153,9 +161,26 @@ def test_failing_setup_is_shown_and_leaves_nothing_running(demo: StartDemo) -> N
     assert "Traceback" not in printed
 
 
-def test_image_that_cannot_be_written_is_a_failure(demo: StartDemo, tmp_path: Path) -> None:
+def test_image_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file where the folder should be")
-    running = demo()
-    exit_code, printed = running.finish()
-    assert exit_code == 1
-    assert f"The image could not be written to {tmp_path / 'out'}" in printed
+    with pytest.raises(DemoError, match=f"could not be written to {tmp_path}/out"):
+        save(b"png", tmp_path / "out" / "image.png")
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_url_that_leads_to_no_png_is_a_failure(
+    s3: EmbeddedS3, admin: Any, new_bucket: Callable[[], str], body: bytes
+) -> None:
+    target = {"Bucket": new_bucket(), "Key": "image.png"}
+    admin.put_object(**target, Body=body, ContentType="image/png")
+    with pytest.raises(DemoError, match="is no PNG"):
+        fetch_picture(admin.generate_presigned_url("get_object", Params=target))
+
+
+def test_command_is_the_tutorials(tmp_path: Path) -> None:
+    command = curl_command("http://127.0.0.1:5001")
+    assert command.startswith(
+        'curl "http://127.0.0.1:5001/predictions/$(uuidgen)" \\\n  -X PUT \\\n'
+    )
+    body = command.partition("--data-binary '")[2].removesuffix("'")
+    assert json.loads(body)["input"]["guidance_scale"] == 3.5
