@@ -19,7 +19,7 @@ _LONGEST = timedelta(days=7)
 _REQUIRED = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Refusal(Exception):  # noqa: N818 (it is an answer of the protocol, not a failure of this program)
     """Why S3 would not accept the request: what its error document says."""
 
