@@ -6,8 +6,6 @@ busy servers and broken connections are the client's own (s3.connect). It does n
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
 import re
 import secrets
@@ -109,12 +107,11 @@ class ImageStore:
         return StoredImage(self.bucket, key, self._url(what, key))
 
     def _put(self, key: str, encoded: EncodedImage, conditional: bool) -> None:
-        digest = hashlib.md5(encoded.data, usedforsecurity=False).digest()
         request: PutObjectRequestTypeDef = {
             "Bucket": self.bucket,
             "Key": key,
             "Body": encoded.data,
-            "ContentMD5": base64.b64encode(digest).decode(),
+            "ContentMD5": s3.content_md5(encoded.data),
             "ContentType": encoded.content_type,
             "CacheControl": f"{'public' if self.public_base_url else 'private'}, {CACHE_FOREVER}",
         }

@@ -17,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from preparation.errors import PreparationError, UsageError
 from preparation.origin import OnBytes
+from weights.safetensors_layout import DTYPE_BYTES
 
 # Caches in front of S3 (TAG, for one) refuse objects over 1 GiB.
 SHARD_LIMIT = 960 * 1000 * 1000  # bytes of tensors; the header adds well under a megabyte
 
-ITEM_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-              "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -46,11 +45,11 @@ class TensorInfo:
     @property
     def size(self) -> int:
         """Bytes in the file."""
-        return self.count * ITEM_SIZES[self.dtype]
+        return self.count * DTYPE_BYTES[self.dtype]
 
     def size_as(self, dtype: str | None) -> int:
         """Bytes after a cast; only floating point is cast."""
-        return self.count * ITEM_SIZES[dtype] if dtype and self.dtype in _FLOATS else self.size
+        return self.count * DTYPE_BYTES[dtype] if dtype and self.dtype in _FLOATS else self.size
 
 
 def read_headers(files: Iterable[Path], label: str) -> list[TensorInfo]:
@@ -65,7 +64,7 @@ def read_headers(files: Iterable[Path], label: str) -> list[TensorInfo]:
             for name in tensors.offset_keys():
                 view = tensors.get_slice(name)
                 info = TensorInfo(file, name, view.get_dtype(), tuple(view.get_shape()))
-                if info.dtype not in ITEM_SIZES:
+                if info.dtype not in DTYPE_BYTES:
                     raise UsageError(
                         f"{label}: tensor {name} has the unsupported dtype {info.dtype}."
                     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preparation.errors import UsageError
+from weights.manifest import is_pickle
 
 # Per supported pipeline, the components that text-to-image needs. Anything else that a model_index.json may list
 # (a safety checker, an image encoder for adapters) is left behind.
@@ -31,7 +32,6 @@ PIPELINES: Mapping[str, tuple[str, ...]] = {
 # Half the bytes of the plain set for the same images on a GPU, so it comes first.
 VARIANTS = ("fp16", "")
 TOKENIZER_SUFFIXES = (".json", ".txt")
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 # Names as diffusers and transformers write them: `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`,
 # and the older `model-00001-of-00002.fp16.safetensors`.
@@ -173,7 +173,7 @@ def _no_weights(
             f"The weights of {component} in {where} are incomplete ({'; '.join(problems)}). "
             "Complete the upload or download, or choose another --revision."
         )
-    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+    pickles = sorted(name for name in names if is_pickle(name))
     if pickles:
         return (
             f"{component} in {where} has only pickle weights ({prefix}{pickles[0]}), which can run any code when "

@@ -6,8 +6,6 @@ a request are boto3's own; retries of a broken body are the reader's.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from botocore import exceptions as botocore_errors
 from urllib3 import exceptions as urllib3_errors
 
-from s3 import error_code, explain
+from s3 import content_md5, error_code, explain
 from weights.errors import BucketError, CorruptObjectError, ObjectChangedError
 
 if TYPE_CHECKING:
@@ -163,7 +161,7 @@ class Bucket:
                 Key=key,
                 Body=data,
                 ContentType=content_type,
-                ContentMD5=md5_header(data),
+                ContentMD5=content_md5(data),
             )
 
     @contextmanager
@@ -181,8 +179,3 @@ class Bucket:
 
     # The writer in publish.py wraps its own multi-call operations the same way.
     explained = _explained
-
-
-def md5_header(data: bytes | memoryview) -> str:
-    """The Content-MD5 header's value: S3's own check that what arrived is what was sent (not a security digest)."""
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()

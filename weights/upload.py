@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from boto3.s3.transfer import TransferConfig
 
-from weights.bucket import Bucket, md5_header
+from s3 import content_md5
+from weights.bucket import Bucket
 from weights.digests import Progress, chunk_digest
 from weights.errors import BucketError, FolderError
 from weights.manifest import CHUNK_SIZE, FileEntry
@@ -95,7 +96,7 @@ class FileUpload:
                 Key=self._key,
                 Body=data,
                 ContentType=content_type(self._key),
-                ContentMD5=md5_header(data),
+                ContentMD5=content_md5(data),
                 Metadata={SHA256_METADATA: self._entry.sha256},
             )
         self._sent(len(data))
@@ -111,7 +112,7 @@ class FileUpload:
                 UploadId=self._upload_id,
                 PartNumber=number,
                 Body=data,
-                ContentMD5=md5_header(data),
+                ContentMD5=content_md5(data),
             )
         self._parts[number] = answer["ETag"]
         self._sent(len(data))
