@@ -96,6 +96,7 @@ def test_the_way_without_an_image_copies_the_checkout_and_opens_one_port(
     assert checkout["ports"] == [checkout["envs"]["PORT"]]
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="SkyPilot asks git what is ignored")
 def test_what_the_server_needs_is_copied_and_what_make_made_is_not(
     checkout: dict[str, Any],
 ) -> None:
