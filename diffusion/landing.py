@@ -183,7 +183,11 @@ def _on_device(
             f"The bytes of {place} are not {list(landed.shape)} numbers of {landed.dtype} ({error}). "
             "Publish the model again."
         ) from error
-    tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    # In two steps: asked for both at once, torch casts before it copies, on one CPU core. From float16 to bfloat16 that
+    # was 0.45 GB/s, 15 s for SDXL's 6.94 GB; the card does it in passing, for one more tensor of its memory.
+    tensor = tensor.to(device)
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype)
     if tensor.data_ptr() % _ALIGNMENT:
         return tensor.clone()
     return tensor

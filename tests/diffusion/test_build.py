@@ -5,9 +5,11 @@ import random
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.components import MODULES
 from diffusion.errors import ModelError
@@ -121,6 +123,29 @@ def test_parameters_lie_where_vector_kernels_want_them(model):
     for name in MODULES:
         for parameter in getattr(pipeline, name).parameters():
             assert parameter.data_ptr() % 64 == 0
+
+
+def test_a_tensor_is_cast_on_the_device_it_goes_to():
+    # "meta" stands in for a card: copies to it are asked of torch in the same way.
+    class Casts(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.devices: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and args[0].dtype != result.dtype:
+                self.devices.append(args[0].device.type)
+            return result
+
+    module, problems = torch.nn.Linear(2, 2, bias=False), Problems()
+    landing = Landing("unet", module, device=torch.device("meta"), dtype=torch.bfloat16)
+    with Casts() as casts:
+        landing.take(Tensor("unet/x.safetensors", "weight", "F16", (2, 2), bytearray(8)), problems)
+
+    problems.raise_if_any()
+    assert (module.weight.device.type, module.weight.dtype) == ("meta", torch.bfloat16)
+    assert casts.devices == ["meta"]
 
 
 # Names and tensors of older files
