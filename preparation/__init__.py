@@ -19,7 +19,7 @@ from preparation.prepare import (
     prepare,
     upload,
 )
-from preparation.progress import Progress
+from preparation.progress import Progress, end_interrupted
 
 __all__ = [
     "DEFAULT_FOLDER",
@@ -31,6 +31,7 @@ __all__ = [
     "UsageError",
     "check_bucket",
     "compare",
+    "end_interrupted",
     "exit_code",
     "find_already_prepared",
     "make_plan",

@@ -7,17 +7,23 @@ where an interrupted preparation stops them.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
 from preparation.errors import CancelledStageError
+
+# What has begun when the person interrupts gets this long to end: an upload is aborted in the bucket, for one.
+_PATIENCE_SECONDS = 20.0
+_SILENCE_SECONDS = 2.0
+INTERRUPTED = "Interrupted. Run the same command again: finished files are kept."
 
 
 def human_size(size: float) -> str:
@@ -26,6 +32,23 @@ def human_size(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
     return f"{int(size)} B"
+
+
+def _columns_instead(stream: TextIO) -> int | None:
+    """How wide a bar may be on a terminal that does not know its own width, as in `docker run -t` and CI."""
+    try:
+        known = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # no terminal, or no file at all
+        return None
+    return None if known else shutil.get_terminal_size().columns
+
+
+def end_interrupted() -> NoReturn:
+    """Say so and end the process at once: an orderly end would wait for every thread, stalled ones too."""
+    sys.stderr.write(f"\n{INTERRUPTED}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 class Stage:
@@ -66,12 +89,14 @@ class Progress:
         """Show a stage of `total` bytes while the body runs. A stage with nothing to do is not mentioned."""
         terminal = self._stream.isatty()
         began = time.monotonic()
+        columns = _columns_instead(self._stream)
         with tqdm(
             total=total,
             desc=name,
             unit="B",
             unit_scale=True,
-            dynamic_ncols=True,
+            dynamic_ncols=columns is None,
+            ncols=columns,
             file=self._stream,
             disable=not terminal or total == 0,
         ) as bar:
@@ -81,21 +106,34 @@ class Progress:
             self.say(f"{name}: {human_size(stage.done)} in {time.monotonic() - began:.1f} s")
 
     @contextmanager
-    def stopping_on_signals(self) -> Iterator[None]:
+    def stopping_on_signals(self, patience: float = _PATIENCE_SECONDS) -> Iterator[None]:
         """Ctrl-C and SIGTERM raise KeyboardInterrupt here and end the worker threads; a second one ends at once.
 
         Without this the pools of the libraries below would first finish the files they had begun, gigabytes later.
+        Threads end when they hear of bytes, which in a stalled connection they never do: so the process ends anyway
+        when what is below has not let go after `patience` seconds.
         """
+        timers: list[threading.Timer] = []
+
+        def after(seconds: float, act: Callable[[], None]) -> None:
+            timer = threading.Timer(seconds, act)
+            timer.daemon = True
+            timer.start()
+            timers.append(timer)
 
         def stop(_signal: int, _frame: object) -> None:
             if self._cancelled.is_set():
                 os._exit(130)
             self._cancelled.set()
+            after(_SILENCE_SECONDS, lambda: self.say("\nStopping. Ctrl-C again ends at once."))
+            after(patience, end_interrupted)
             raise KeyboardInterrupt
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
+            for timer in timers:
+                timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -39,8 +39,7 @@ def main() -> int:
         with progress.stopping_on_signals():
             _run(arguments, progress)
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. Run the same command again: finished files are kept.\n")
-        return 130
+        preparation.end_interrupted()
     except preparation.EXPECTED_ERRORS as error:
         sys.stderr.write(f"prepare_model: {error}\n")
         return preparation.exit_code(error)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import signal
+import struct
+import subprocess
+import sys
+import termios
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +41,29 @@ def test_on_a_terminal_a_bar_is_drawn() -> None:
     assert "Upload: 100%" in out.getvalue()
 
 
+@pytest.mark.parametrize(("columns", "width"), [(0, 80), (50, 50)])
+def test_bar_is_as_wide_as_the_terminal_or_usual_where_that_knows_no_width(
+    monkeypatch: pytest.MonkeyPatch, columns: int, width: int
+) -> None:
+    # given standard error on a terminal of that many columns
+    monkeypatch.delenv("COLUMNS", raising=False)
+    screen, terminal = os.openpty()
+    fcntl.ioctl(
+        terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24 * bool(columns), columns, 0, 0)
+    )
+    with open(terminal, "w") as stream:  # noqa: PTH123 - no path
+        monkeypatch.setattr(sys, "stderr", stream)
+        # when
+        with Progress(stream).stage("Upload", 10) as stage:
+            stage.advance(10)
+        shown = os.read(screen, 10_000).decode()
+    os.close(screen)
+    # then
+    bar = shown.strip().split("\r")[-1]
+    assert "100%|█" in bar
+    assert width - 2 <= len(bar) <= width
+
+
 def test_stage_with_nothing_to_do_is_not_mentioned() -> None:
     for out in (io.StringIO(), Terminal()):
         with Progress(out).stage("Convert", 0):
@@ -61,6 +91,35 @@ def test_interrupt_stops_the_threads_of_a_running_stage() -> None:
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(CancelledStageError):
         stage.advance(1)
+
+
+_STUCK = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from preparation import Progress
+with Progress().stopping_on_signals(patience=0.1), ThreadPoolExecutor() as pool:
+    pool.submit(print, "begun", flush=True)
+    pool.submit(threading.Event().wait).result()
+"""
+
+
+def test_interrupt_ends_a_pool_whose_thread_hears_of_nothing() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", _STUCK],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "begun\n"
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert err.strip().startswith("Interrupted.")
 
 
 def test_hubs_client_finds_on_the_bar_all_it_looks_for() -> None:
