@@ -7,14 +7,16 @@ person's cache are used from there. Knows nothing of which files a pipeline need
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import httpx2
+import yaml
 from huggingface_hub import (
     HfApi,
     constants,
@@ -25,6 +27,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.repocard import metadata_load
 from tqdm.auto import tqdm
 
@@ -200,7 +203,11 @@ class HubRepo:
     def fetch(self, paths: Iterable[str], *, jobs: int, on_bytes: OnBytes) -> dict[str, Path]:
         bar = type("Bar", (_ForwardingBar,), {"on_bytes": staticmethod(on_bytes)})
         wanted = sorted(paths, key=lambda path: -self.files[path])
-        fetched = for_each(wanted, lambda path: self._download(path, bar), jobs=jobs)
+        try:
+            fetched = for_each(wanted, lambda path: self._download(path, bar), jobs=jobs)
+        except KeyboardInterrupt:
+            self._remove_incomplete()
+            raise
         return dict(zip(wanted, fetched, strict=True))
 
     def check(self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes) -> None:
@@ -229,6 +236,21 @@ class HubRepo:
                     tqdm_class=bar or _NoBar,
                 )
             )
+
+    def _remove_incomplete(self) -> None:
+        """Remove what threads of ours that are stuck had begun to write: nothing would ever take it up again.
+
+        What another program is downloading into the same cache stays: only files that this process has open are ours.
+        """
+        ours = set()
+        for descriptor in os.listdir("/dev/fd"):  # noqa: PTH208 - no paths, but numbers
+            with suppress(OSError):
+                ours.add(_identity(os.fstat(int(descriptor))))
+        folder = self.hub.cache / repo_folder_name(repo_id=self.repo_id, repo_type="model")
+        for file in folder.glob("blobs/*.incomplete"):
+            with suppress(OSError):
+                if _identity(file.stat()) in ours:
+                    file.unlink()
 
     def _check(self, path: str, pointer: Path, on_bytes: OnBytes) -> None:
         expected = pointer.readlink().name if pointer.is_symlink() else ""
@@ -298,13 +320,20 @@ def _licence(card: Path) -> str | None:
     """The licence as the repo's card states it: the same data that the Hub's pages show, and it is there offline."""
     if not card.is_file():
         return None
-    data = metadata_load(card) or {}
+    try:
+        data = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):
+        return None  # a card that is not as it should be is no reason to refuse the model
     licence = data.get("license")
     if licence == "other":
         licence = data.get("license_name") or licence
     if isinstance(licence, list):
         return ", ".join(str(one) for one in licence) or None
     return str(licence) if licence else None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _find(error: BaseException, kind: type[E]) -> E | None:

@@ -39,6 +39,20 @@ def test_repo_is_mirrored_with_a_recipe_from_its_configs(
     StableDiffusionXLPipeline.from_pretrained(prepared.folder)
 
 
+@pytest.mark.parametrize(
+    "card", [b"---\nlicense: [mit\n---\n", b"---\n- mit\n---\n", b"---\nlicense: \xff\n---\n"]
+)
+def test_card_that_cannot_be_read_leaves_the_licence_unknown(
+    loopback_hub: LoopbackHub, run: Prepare, models: Models, own: Own, card: bytes
+) -> None:
+    repo = own(models.finetune)
+    (repo / "README.md").write_bytes(card)
+    loopback_hub.add(FINETUNE, repo)
+    source = run(FINETUNE).recipe.source
+    assert source is not None
+    assert (source.repo, source.licence) == (FINETUNE, None)
+
+
 def test_no_pickle_image_or_single_file_is_requested(
     loopback_hub: LoopbackHub, run: Prepare, models: Models
 ) -> None:

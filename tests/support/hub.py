@@ -417,8 +417,12 @@ def _files(folder: Path) -> Iterator[HubFile]:
 
 
 def _card(files: Mapping[str, HubFile]) -> dict[str, Any]:
-    """The metadata block at the top of README.md."""
+    """The metadata block at the top of README.md; nothing where it is malformed, which git lets anyone push."""
     readme = files.get("README.md")
-    text = readme.place.read_text(encoding="utf-8") if readme else ""
+    text = readme.place.read_text(encoding="utf-8", errors="replace") if readme else ""
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    return dict(yaml.safe_load(match[1]) or {}) if match else {}
+    try:
+        card = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        card = None
+    return card if isinstance(card, dict) else {}
