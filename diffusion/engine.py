@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -48,6 +50,10 @@ class _Embeddings:
     negative_pooled: torch.Tensor | None
 
 
+class _CancelledError(Exception):
+    """Nobody waits for the image any more. Never leaves the engine: the iterator ends."""
+
+
 class Engine:
     """Generates images on one device, for any number of threads, one image at a time and first come, first served."""
 
@@ -63,13 +69,20 @@ class Engine:
     def recipe(self) -> Recipe:
         return self._recipe
 
-    def generate(self, request: GenerationRequest) -> Iterator[GeneratedImage]:
+    def generate(
+        self, request: GenerationRequest, cancelled: Event | None = None
+    ) -> Iterator[GeneratedImage]:
         """The request's images, each made when it is asked for.
+
+        Args:
+            cancelled: set it, from any thread, when nobody waits for the images any more. The iterator then ends
+                without a further image: at once when its turn comes, or after the denoising step it is in.
 
         The request is checked at once, before the first image: `RequestError` says what this checkpoint cannot do.
         While iterating, `OutOfMemoryError` and `NonFiniteError` end the request and leave the engine able.
         """
-        return self._images(plan(request, self._recipe, size_multiple=self._size_multiple))
+        asked = plan(request, self._recipe, size_multiple=self._size_multiple)
+        return self._images(asked, cancelled or Event())
 
     def warm_up(self) -> float:
         """Generate one image at the native size, so that no caller pays for the first use; returns the seconds."""
@@ -86,18 +99,28 @@ class Engine:
             pass
         return time.perf_counter() - started
 
-    def _images(self, plan: Plan) -> Iterator[GeneratedImage]:
+    def _images(self, plan: Plan, cancelled: Event) -> Iterator[GeneratedImage]:
         embeddings: _Embeddings | None = None
         for seed in plan.seeds:
             asked = time.perf_counter()
-            # A turn is one image, not one request: between two of ours, others get theirs.
-            with self._turns:
-                timings = {"wait": time.perf_counter() - asked, "prompt": 0.0}
-                image, embeddings = self._image(plan, seed, embeddings, timings)
+            try:
+                # A turn is one image, not one request: between two of ours, others get theirs.
+                with self._turns:
+                    timings = {"wait": time.perf_counter() - asked, "prompt": 0.0}
+                    _stop_if(cancelled, f"seed {seed} was not begun")
+                    image, embeddings = self._image(plan, seed, embeddings, timings, cancelled)
+            except _CancelledError as reason:
+                logger.info("Cancelled: %s.", reason)
+                return
             yield GeneratedImage(image, seed, plan.steps, plan.guidance_scale, timings)
 
     def _image(
-        self, plan: Plan, seed: int, embeddings: _Embeddings | None, timings: dict[str, float]
+        self,
+        plan: Plan,
+        seed: int,
+        embeddings: _Embeddings | None,
+        timings: dict[str, float],
+        cancelled: Event,
     ) -> tuple[Image.Image, _Embeddings]:
         try:
             with torch.inference_mode():
@@ -105,7 +128,7 @@ class Engine:
                     with self._timed(timings, "prompt"):
                         embeddings = self._encode(plan)
                 with self._timed(timings, "denoise"):
-                    latents = self._denoise(plan, embeddings, seed)
+                    latents = self._denoise(plan, embeddings, seed, cancelled)
                 with self._timed(timings, "decode"):
                     return self._decode(latents, seed), embeddings
         except RuntimeError as error:
@@ -133,7 +156,15 @@ class Engine:
         )
         return _Embeddings(prompt, negative_prompt, pooled, negative_pooled)
 
-    def _denoise(self, plan: Plan, embeddings: _Embeddings, seed: int) -> torch.Tensor:
+    def _denoise(
+        self, plan: Plan, embeddings: _Embeddings, seed: int, cancelled: Event
+    ) -> torch.Tensor:
+        def between_steps(
+            _pipeline: object, step: int, _timestep: object, tensors: dict[str, Any]
+        ) -> dict[str, Any]:
+            _stop_if(cancelled, f"seed {seed} ended after step {step + 1} of {plan.steps}")
+            return tensors  # as they came: stock goes on with them
+
         # Alone in its batch: kernels choose their order of summation by shape, so in company an image would differ in
         # its last bits from the one its seed gives alone.
         pipeline = self._pipeline
@@ -151,6 +182,7 @@ class Engine:
             # Noise from the CPU is the same on every card.
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="latent",
+            callback_on_step_end=between_steps,
         ).images
         return latents
 
@@ -193,6 +225,11 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # kernels run on after their launch returns
         timings[stage] = time.perf_counter() - started
+
+
+def _stop_if(cancelled: Event, state: str) -> None:
+    if cancelled.is_set():
+        raise _CancelledError(state)
 
 
 def _ran_out_of_memory(error: RuntimeError) -> bool:

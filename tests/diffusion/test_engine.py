@@ -7,7 +7,7 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event, Thread
 
 import numpy as np
 import pytest
@@ -178,6 +178,79 @@ def test_a_request_for_many_images_lets_others_go_between_them(lightning):
     # The device is free although `many` has only begun; a lock held for the whole request would hang here.
     assert only(lightning.generate(REQUEST)).seed == 3
     assert next(many).seed == 4
+
+
+def test_a_cancelled_request_ends_after_the_step_it_is_in(model, caplog):
+    pipeline = build(model, GUIDED)
+    engine = Engine(pipeline, GUIDED)
+    cancelled = Event()
+    steps = []
+
+    def cancel_in_the_third_step(*_: object) -> None:
+        steps.append(None)
+        if len(steps) == 3:
+            cancelled.set()
+
+    hook = pipeline.unet.register_forward_hook(cancel_in_the_third_step)
+    with caplog.at_level(logging.INFO, logger="diffusion"):
+        request = dataclasses.replace(REQUEST, steps=50, num_outputs=4)
+        assert list(engine.generate(request, cancelled)) == []
+    hook.remove()
+
+    assert len(steps) == 3
+    assert said_here(caplog) == ["Cancelled: seed 3 ended after step 3 of 50."]
+    assert only(engine.generate(REQUEST)).seed == 3
+
+
+def test_an_image_cancelled_in_its_last_step_is_not_decoded(model):
+    pipeline = build(model)
+    cancelled = Event()
+    decoded = []
+    pipeline.unet.register_forward_hook(lambda *_: cancelled.set())
+    pipeline.vae.decoder.register_forward_hook(lambda *_: decoded.append(None))
+
+    assert list(Engine(pipeline, LIGHTNING).generate(REQUEST, cancelled)) == []
+
+    assert decoded == []
+
+
+def test_a_request_cancelled_between_two_images_makes_no_more(lightning):
+    cancelled = Event()
+    images = lightning.generate(dataclasses.replace(REQUEST, num_outputs=4), cancelled)
+    assert next(images).seed == 3
+
+    cancelled.set()
+
+    assert list(images) == []
+
+
+def test_a_request_cancelled_while_it_waits_for_its_turn_takes_no_step(model):
+    pipeline = build(model)
+    engine = Engine(pipeline, LIGHTNING)
+    begun, go_on, cancelled = Event(), Event(), Event()
+    sizes = []
+
+    def hold_the_device(_: object, inputs: tuple[torch.Tensor, ...], __: object) -> None:
+        sizes.append(tuple(inputs[0].shape[2:]))
+        begun.set()
+        assert go_on.wait(60)
+
+    pipeline.unet.register_forward_hook(hold_the_device)
+    first = Thread(target=lambda: list(engine.generate(REQUEST)))
+    first.start()
+    assert begun.wait(60)
+    left = []
+    waiting = engine.generate(dataclasses.replace(REQUEST, width=96), cancelled)
+    second = Thread(target=lambda: left.extend(waiting))
+    second.start()
+
+    cancelled.set()
+    go_on.set()
+    first.join(60)
+    second.join(60)
+
+    assert left == []
+    assert sizes == [(8, 8)]
 
 
 def test_latents_that_overflow_are_named_and_the_engine_goes_on(model):
