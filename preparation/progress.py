@@ -34,13 +34,13 @@ def human_size(size: float) -> str:
     return f"{int(size)} B"
 
 
-def _columns_instead(stream: TextIO) -> int | None:
-    """How wide a bar may be on a terminal that does not know its own width, as in `docker run -t` and CI."""
+def _size_instead(stream: TextIO) -> tuple[int, int] | tuple[None, None]:
+    """Columns and rows to assume for a terminal that does not know its own, as in `docker run -t` and CI."""
     try:
         known = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):  # no terminal, or no file at all
-        return None
-    return None if known else shutil.get_terminal_size().columns
+        return None, None
+    return (None, None) if known else shutil.get_terminal_size()
 
 
 def end_interrupted() -> NoReturn:
@@ -89,7 +89,7 @@ class Progress:
         """Show a stage of `total` bytes while the body runs. A stage with nothing to do is not mentioned."""
         terminal = self._stream.isatty()
         began = time.monotonic()
-        columns = _columns_instead(self._stream)
+        columns, rows = _size_instead(self._stream)
         with tqdm(
             total=total,
             desc=name,
@@ -97,6 +97,7 @@ class Progress:
             unit_scale=True,
             dynamic_ncols=columns is None,
             ncols=columns,
+            nrows=rows,
             file=self._stream,
             disable=not terminal or total == 0,
         ) as bar:
