@@ -14,7 +14,7 @@ import boto3
 from botocore import exceptions as botocore_errors
 from botocore.config import Config
 
-from settings import StorageSettings
+from settings import SettingsError, StorageSettings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -40,17 +40,23 @@ def connect(settings: StorageSettings, *, connections: int = 32) -> S3Client:
 
     Path-style addressing with a custom endpoint: gateways and caches such as TAG need it, and a host name per
     bucket rarely resolves there. Checksum trailers only where S3 requires them: Tigris and older servers reject
-    them, and the rooms verify what they read and write themselves.
+    them, and the rooms verify what they read and write themselves. Raises SettingsError for an AWS profile that is
+    not there.
     """
     style = settings.addressing_style
     if style == "auto":
         style = "path" if settings.endpoint_url else "virtual"
-    session = boto3.session.Session(
-        aws_access_key_id=settings.access_key_id,
-        aws_secret_access_key=_secret(settings.secret_access_key),
-        aws_session_token=_secret(settings.session_token),
-        region_name=settings.region or ("auto" if settings.endpoint_url else None),
-    )
+    try:
+        session = boto3.session.Session(
+            aws_access_key_id=settings.access_key_id,
+            aws_secret_access_key=_secret(settings.secret_access_key),
+            aws_session_token=_secret(settings.session_token),
+            region_name=settings.region or ("auto" if settings.endpoint_url else None),
+        )
+    except botocore_errors.ProfileNotFound as error:
+        raise SettingsError(
+            f"AWS_PROFILE is wrong: {error}. Unset it, or name a profile that is there"
+        ) from None
     return session.client(
         "s3",
         region_name=session.region_name or "us-east-1",
@@ -163,8 +169,9 @@ def explain(error: Exception) -> Explanation:
             "the server could not be reached",
             "Check AWS_ENDPOINT_URL_S3 and the machine's network",
         )
+    # Its type and no more: the text of an error from below may quote a header, and with it a credential.
     return Explanation(
-        f"the connection failed ({type(error).__name__}: {error})",
+        f"the connection failed ({type(error).__name__})",
         "Try again; if it stays, check AWS_ENDPOINT_URL_S3 and the network",
     )
 

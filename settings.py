@@ -1,7 +1,7 @@
 """The environment: every variable this product reads, named once, typed and checked at start-up.
 
-Nothing else reads `os.environ`. What a variable is for and an example stand beside its type, because the error
-a person sees when it is missing or malformed is made of them.
+The rooms take what they need from here and never ask the environment themselves. What a variable is for and an
+example stand beside its type, because the error a person sees when it is missing or malformed is made of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class SettingsError(Exception):
     """The environment cannot be used; the message names each variable, what it is for and an example."""
 
 
-def _bucket_name(value: str) -> str:
+def check_bucket_name(value: str) -> str:
+    """Return the name if it can be a bucket's, else raise ValueError."""
     if "/" in value or ":" in value:
         raise ValueError("must be the bucket's bare name, without s3:// or a path")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", value):
@@ -49,7 +50,8 @@ def _key_prefix(value: str) -> str:
     return value
 
 
-def _model_path(value: str) -> str:
+def check_model_path(value: str) -> str:
+    """Return a model's path without slashes at its ends if it is a plain one, else raise ValueError."""
     if not _key_prefix(value):
         raise ValueError("must not be empty")
     return _key_prefix(value)
@@ -61,7 +63,11 @@ def _http_url(value: str) -> str:
         port_is_valid = url.port is None or url.port > 0
     except ValueError:
         port_is_valid = False
-    if not port_is_valid or url.scheme not in ("http", "https") or not url.hostname:
+    if (
+        not port_is_valid
+        or url.scheme not in ("http", "https")
+        or not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9a-f:.]+", url.hostname or "")
+    ):
         raise ValueError("must be a URL such as https://host or http://host:port")
     if url.username or url.password or url.query or url.fragment:
         raise ValueError("must not carry a user, a password, a query or a fragment")
@@ -79,7 +85,7 @@ def _secret_without_spaces(value: SecretStr) -> SecretStr:
     return value
 
 
-BucketName = Annotated[str, AfterValidator(_bucket_name)]
+BucketName = Annotated[str, AfterValidator(check_bucket_name)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
 
@@ -100,7 +106,7 @@ class StorageSettings(BaseModel):
     secret_access_key: Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None = (
         _variable("AWS_SECRET_ACCESS_KEY", "the secret half of the keypair", "tsec_…", default=None)
     )
-    session_token: SecretStr | None = _variable(
+    session_token: Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None = _variable(
         "AWS_SESSION_TOKEN", "the token of temporary AWS credentials", "IQoJ…", default=None
     )
     endpoint_url: HttpUrl | None = _variable(
@@ -131,6 +137,11 @@ class StorageSettings(BaseModel):
                 f"{missing} is missing: a keypair is AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY together. "
                 "Set both, or neither to use the machine's own role."
             )
+        if self.session_token and not self.access_key_id:
+            raise ValueError(
+                "AWS_SESSION_TOKEN needs the keypair it belongs to: set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY too, or unset it."
+            )
         if self.region == "auto" and self.endpoint_url is None:
             raise ValueError(
                 "AWS_REGION=auto needs AWS_ENDPOINT_URL_S3: AWS itself has no region of that name. "
@@ -153,7 +164,7 @@ class CommandSettings(StorageSettings):
 class RunnerSettings(StorageSettings):
     """What the serving container needs beside the storage: which model, where images go, on which device."""
 
-    model_path: Annotated[str, AfterValidator(_model_path)] = _variable(
+    model_path: Annotated[str, AfterValidator(check_model_path)] = _variable(
         "MODEL_PATH",
         "the model's folder in the bucket, as published by scripts/prepare_model.py",
         "ByteDance/SDXL-Lightning",

@@ -55,6 +55,7 @@ def test_every_missing_variable_is_named_at_once_with_purpose_and_example():
         ("AWS_ENDPOINT_URL_S3", "fly.storage.tigris.dev", "https://"),
         ("AWS_ENDPOINT_URL_S3", "http://host:notaport", "https://"),
         ("AWS_ENDPOINT_URL_S3", "https://key:word@host", "user"),
+        ("AWS_ENDPOINT_URL_S3", "http://my_minio:9000", "https://"),
         ("AWS_REGION", "us east 1", "pattern"),
         ("MODEL_VERSION", "latest", "pattern"),
         ("IMAGE_URL_LIFETIME", "soon", "integer"),
@@ -119,6 +120,21 @@ def test_a_malformed_secret_is_refused_without_being_shown():
     # A chained ValidationError would print its input in the traceback.
     assert caught.value.__context__ is None
     assert caught.value.__cause__ is None
+
+
+def test_a_session_token_is_as_secret_as_the_key():
+    broken = COMPLETE | {"AWS_SESSION_TOKEN": "IQoJhunter2\n"}
+    with pytest.raises(
+        SettingsError, match="AWS_SESSION_TOKEN contains a space or a control"
+    ) as caught:
+        load_runner_settings(broken)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_session_token_without_its_keypair_is_refused():
+    environment = {name: COMPLETE[name] for name in COMPLETE if "KEY" not in name}
+    with pytest.raises(SettingsError, match="AWS_SESSION_TOKEN needs the keypair"):
+        load_runner_settings(environment | {"AWS_SESSION_TOKEN": "IQoJhunter2"})
 
 
 def test_a_secret_in_the_wrong_variable_is_not_echoed():

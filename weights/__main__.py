@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,12 @@ from typing import Any
 from tqdm import tqdm
 
 from s3 import connect
-from settings import SettingsError, load_command_settings
+from settings import (
+    SettingsError,
+    check_bucket_name,
+    check_model_path,
+    load_command_settings,
+)
 from weights.bucket import Bucket
 from weights.digests import Progress
 from weights.errors import WeightsError
@@ -56,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--bucket", help="the bucket that holds the models (default: MODEL_BUCKET_NAME)"
+        "--bucket",
+        type=_bucket_name,
+        help="the bucket that holds the models (default: MODEL_BUCKET_NAME)",
     )
     common.add_argument(
         "--json", action="store_true", help="print one JSON document instead of text"
@@ -69,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         help="reads at once (default: %(default)s)",
     )
     one_version = argparse.ArgumentParser(add_help=False)
-    one_version.add_argument("model_path", metavar="MODEL_PATH")
+    one_version.add_argument("model_path", metavar="MODEL_PATH", type=_model_path)
     one_version.add_argument("--version", help="a version (default: the one latest.json names)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -79,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     ls = add("ls", _ls, [common], "list the models of the bucket, or the versions of one")
-    ls.add_argument("model_path", metavar="MODEL_PATH", nargs="?")
+    ls.add_argument("model_path", metavar="MODEL_PATH", type=_model_path, nargs="?")
     add(
         "load",
         _load,
@@ -97,16 +106,30 @@ def _parser() -> argparse.ArgumentParser:
         "compare every byte in the bucket with the manifest",
     )
     roll = add("activate", _activate, [common], "make a version the one readers get: the roll-back")
-    roll.add_argument("model_path", metavar="MODEL_PATH")
+    roll.add_argument("model_path", metavar="MODEL_PATH", type=_model_path)
     roll.add_argument("version", metavar="VERSION")
     return parser
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 256:
-        raise argparse.ArgumentTypeError("must be 1 to 256")
-    return value
+    if not text.isdecimal() or not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError("must be a number from 1 to 256")
+    return int(text)
+
+
+def _bucket_name(text: str) -> str:
+    return _checked(check_bucket_name, text)
+
+
+def _model_path(text: str) -> str:
+    return _checked(check_model_path, text)
+
+
+def _checked(check: Callable[[str], str], text: str) -> str:
+    try:
+        return check(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
 def _ls(bucket: Bucket, options: argparse.Namespace) -> int:
@@ -114,7 +137,7 @@ def _ls(bucket: Bucket, options: argparse.Namespace) -> int:
         models = list_models(bucket)
         lines = models or [f"no published model in bucket {bucket.name}"]
         return _report(options, {"bucket": bucket.name, "models": models}, lines)
-    versions = list_versions(bucket, options.model_path.strip("/"))
+    versions = list_versions(bucket, options.model_path)
     lines = [
         f"{'*' if found.active else ' '} {found.version}  {found.published:%Y-%m-%d %H:%M}  "
         f"{_size(found.bytes):>9}  {found.problem or _source(found.source)}"
@@ -188,7 +211,7 @@ def _verify(bucket: Bucket, options: argparse.Namespace) -> int:
 
 
 def _activate(bucket: Bucket, options: argparse.Namespace) -> int:
-    model_path = options.model_path.strip("/")
+    model_path = options.model_path
     activate(bucket, model_path, options.version)
     return _report(
         options,
@@ -198,7 +221,7 @@ def _activate(bucket: Bucket, options: argparse.Namespace) -> int:
 
 
 def _snapshot(bucket: Bucket, options: argparse.Namespace) -> Snapshot:
-    return find_snapshot(bucket, options.model_path.strip("/"), options.version)
+    return find_snapshot(bucket, options.model_path, options.version)
 
 
 def _about(snapshot: Snapshot) -> dict[str, Any]:
@@ -215,9 +238,11 @@ def _progress(options: argparse.Namespace, what: str, total: int) -> Iterator[Pr
     """A bar on standard error while it is a terminal, so that standard output stays the result alone."""
     quiet = options.json or not sys.stderr.isatty()
     with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+        lock = threading.Lock()
 
         def on_bytes(count: int) -> None:
-            bar.update(count)
+            with lock:
+                bar.update(count)
 
         yield on_bytes
 
@@ -250,4 +275,10 @@ def _source(source: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:
+        # The interpreter's own exit would wait for threads that are stuck on a server that says nothing.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -6,9 +6,9 @@ a request are boto3's own; retries of a broken body are the reader's.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from botocore import exceptions as botocore_errors
 from urllib3 import exceptions as urllib3_errors
 
 from s3 import content_md5, error_code, explain
-from weights.errors import BucketError, CorruptObjectError, ObjectChangedError
+from weights.errors import BucketError, CorruptObjectError, ObjectChangedError, OversizedError
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -28,6 +28,14 @@ NETWORK_ERRORS = (botocore_errors.BotoCoreError, urllib3_errors.HTTPError, OSErr
 # take 16 MiB with it, not 256.
 READ_SIZE = 1024 * 1024
 UNREACHABLE = "Unreachable"  # our code for a request that got no answer at all
+# What reading a body raises when the connection breaks; the request itself is retried by boto3.
+BODY_ERRORS = (
+    botocore_errors.IncompleteReadError,
+    botocore_errors.ReadTimeoutError,
+    botocore_errors.ResponseStreamingError,
+    urllib3_errors.HTTPError,
+)
+BODY_ATTEMPTS = 3  # at a small object
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -53,16 +61,25 @@ class Bucket:
         return f"s3://{self.name}/{key}"
 
     def get(self, key: str, *, limit: int) -> bytes:
-        """Read a small object whole. Raises BucketError, also when it is larger than `limit` bytes."""
-        with self._explained("read", key):
-            answer = self.client.get_object(Bucket=self.name, Key=key)
-            if answer["ContentLength"] > limit:
-                answer["Body"].close()
-                raise BucketError(
+        """Read a small object whole, again if the answer breaks off.
+
+        Raises BucketError, and OversizedError when it has more than `limit` bytes.
+        """
+        for _ in range(BODY_ATTEMPTS - 1):
+            with self.explained("read", key), contextlib.suppress(*BODY_ERRORS):
+                return self._get_once(key, limit)
+        with self.explained("read", key):
+            return self._get_once(key, limit)
+
+    def _get_once(self, key: str, limit: int) -> bytes:
+        answer = self.client.get_object(Bucket=self.name, Key=key)
+        with contextlib.closing(answer["Body"]) as body:
+            if answer.get("ContentLength", limit) > limit:
+                raise OversizedError(
                     f"cannot read {self.url(key)}: it has {answer['ContentLength']} bytes where at most {limit} "
                     "make sense. It is not what it should be: publish the model again"
                 )
-            return answer["Body"].read()
+            return body.read()
 
     def read_range(
         self, key: str, start: int, into: Sequence[memoryview], *, size: int, etag: str | None
@@ -78,7 +95,7 @@ class Bucket:
         condition: Any = {"IfMatch": f'"{etag}"'} if etag else {}
         wanted = f"bytes={start}-{start + length - 1}"
         try:
-            with self._explained("read", key):
+            with self.explained("read", key):
                 answer = self.client.get_object(
                     Bucket=self.name, Key=key, Range=wanted, **condition
                 )
@@ -88,6 +105,11 @@ class Bucket:
             raise
         body = answer["Body"]
         try:
+            if not {"ETag", "ContentLength"} <= answer.keys():
+                raise BucketError(
+                    f"cannot read {self.url(key)}: the answer has no ETag or no Content-Length, so it cannot be "
+                    "trusted. Check the proxy or cache in front of the bucket"
+                )
             self._check_answer(key, answer, start, length, size, etag)
             for part in into:
                 filled = 0
@@ -98,11 +120,14 @@ class Bucket:
                             f"cannot read {self.url(key)}: the answer to {wanted} broke off"
                         )
                     filled += count
+            # Reading to the end is what hands the connection back to the pool.
+            if body.read(1):
+                raise BucketError(
+                    f"cannot read {self.url(key)}: the answer to {wanted} is too long"
+                )
         except BaseException:
             body.close()  # the connection is not reusable with half an answer in it
             raise
-        # Reading to the end is what hands the connection back to the pool.
-        body.read()
         return answer["ETag"].strip('"')
 
     def _check_answer(
@@ -140,7 +165,7 @@ class Bucket:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object under `prefix`, page by page. Raises BucketError."""
-        with self._explained("list", f"{prefix}*"):
+        with self.explained("list", f"{prefix}*"):
             pages = self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.name, Prefix=prefix
             )
@@ -153,9 +178,19 @@ class Bucket:
                         found["LastModified"],
                     )
 
+    def size(self, key: str) -> int | None:
+        """The object's size in bytes; None when there is none to be seen. Raises BucketError."""
+        try:
+            with self.explained("look at", key):
+                return self.client.head_object(Bucket=self.name, Key=key)["ContentLength"]
+        except BucketError as error:
+            if error.is_missing_or_hidden:
+                return None
+            raise
+
     def put(self, key: str, data: bytes, *, content_type: str) -> None:
         """Write a small object whole; the server refuses it if the bytes do not arrive as sent."""
-        with self._explained("write", key):
+        with self.explained("write", key):
             self.client.put_object(
                 Bucket=self.name,
                 Key=key,
@@ -164,8 +199,9 @@ class Bucket:
                 ContentMD5=content_md5(data),
             )
 
-    @contextmanager
-    def _explained(self, doing: str, key: str) -> Iterator[None]:
+    @contextlib.contextmanager
+    def explained(self, doing: str, key: str) -> Iterator[None]:
+        """Turn what boto3 or the connection raises into a BucketError about this object."""
         try:
             yield
         except botocore_errors.ClientError as error:
@@ -176,6 +212,3 @@ class Bucket:
             raise BucketError(
                 f"cannot {doing} {self.url(key)}: {explain(error)}", UNREACHABLE
             ) from error
-
-    # The writer in publish.py wraps its own multi-call operations the same way.
-    explained = _explained

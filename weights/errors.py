@@ -21,6 +21,10 @@ class BucketError(WeightsError):
         return self.code in ("NoSuchKey", "AccessDenied")
 
 
+class OversizedError(BucketError):
+    """A small object, such as latest.json, is too large to be one."""
+
+
 class ModelNotFoundError(WeightsError):
     """There is no such model, or no such version of it, in the bucket."""
 

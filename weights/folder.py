@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from weights.digests import Progress, describe_file
 from weights.errors import FolderError
 from weights.manifest import LATEST_NAME, MANIFEST_NAME, FileEntry, is_pickle
+from weights.parallel import run_all
 
 
 def hash_folder(
@@ -20,13 +21,8 @@ def hash_folder(
     published: a pickle, a link that leads out of the folder, a name S3 or another system could misread.
     """
     files = publishable_files(folder)
-    with ThreadPoolExecutor(jobs, thread_name_prefix="hash") as pool:
-        futures = [pool.submit(_describe, folder / path, path, on_bytes) for path in files]
-        try:
-            return tuple(future.result() for future in futures)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    tasks = [partial(_describe, folder / path, path, on_bytes) for path in files]
+    return tuple(run_all(tasks, jobs, name="hash"))
 
 
 def publishable_files(folder: Path) -> list[str]:
@@ -35,8 +31,14 @@ def publishable_files(folder: Path) -> list[str]:
         raise FolderError(f"cannot publish {folder}: it is not a folder")
     root = folder.resolve()
     paths = []
-    for parent, folders, names in os.walk(root):
+    for parent, folders, names in os.walk(root, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if Path(parent, name).is_symlink():
+                raise FolderError(
+                    f"cannot publish {Path(parent, name)}: it is a link to a folder, which is not followed. "
+                    "Put the files themselves there"
+                )
         for name in names:
             file = Path(parent, name)
             path = file.relative_to(root).as_posix()
@@ -47,15 +49,24 @@ def publishable_files(folder: Path) -> list[str]:
                     f"cannot publish {folder / path}: it may hold a pickle, which runs code when it is opened. "
                     "Convert it to safetensors, or take it out of the folder"
                 )
-            if not file.resolve().is_relative_to(root):
+            target = file.resolve()
+            if not target.is_relative_to(root) or _is_hidden(target.relative_to(root)):
                 raise FolderError(
-                    f"cannot publish {folder / path}: it is a link to {file.resolve()}, outside the folder. "
-                    "Copy the file into the folder"
+                    f"cannot publish {folder / path}: it is a link to {target}, which is hidden or outside the "
+                    "folder. Copy the file into the folder"
                 )
             paths.append(path)
     if not paths:
         raise FolderError(f"cannot publish {folder}: it holds no files")
     return sorted(paths)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _refuse(error: OSError) -> None:
+    raise FolderError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _describe(file: Path, path: str, on_bytes: Progress | None) -> FileEntry:

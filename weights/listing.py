@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from weights.bucket import Bucket
-from weights.errors import ManifestError, ModelNotFoundError
+from weights.errors import ManifestError, ModelNotFoundError, OversizedError
 from weights.manifest import LATEST_NAME, MANIFEST_NAME, is_version
 from weights.snapshot import read_latest, read_manifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,11 @@ def list_models(bucket: Bucket) -> list[str]:
 
 def list_versions(bucket: Bucket, model_path: str) -> list[VersionInfo]:
     """The versions of one model, newest first. Raises ModelNotFoundError when there is none, BucketError."""
-    active = read_latest(bucket, model_path)
+    try:
+        active = read_latest(bucket, model_path)
+    except (ManifestError, OversizedError) as error:  # the list is what is needed to mend it
+        logger.warning("%s", error)
+        active = None
     versions = sorted(
         _versions(bucket, model_path, active), key=lambda found: found.published, reverse=True
     )
@@ -56,11 +63,12 @@ def _versions(bucket: Bucket, model_path: str, active: str | None) -> Iterator[V
         size = source = problem = None
         try:
             manifest = read_manifest(bucket, model_path, version)
-        except (ManifestError, ModelNotFoundError) as error:
+        except (ManifestError, ModelNotFoundError, OversizedError) as error:
             problem = str(error)
         else:
             size = manifest.total_bytes
-            source = manifest.recipe.get("source")
+            found_source = manifest.recipe.get("source")
+            source = found_source if isinstance(found_source, dict) else None
         yield VersionInfo(
             model_path, version, version == active, found.modified, size, source, problem
         )

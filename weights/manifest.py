@@ -35,7 +35,7 @@ def is_pickle(path: str) -> bool:
 
 
 def check_path(path: str) -> str:
-    """Return `path` if it stays inside the model's folder on every system, else raise ValueError."""
+    """Return `path` if it is a plain relative one that no system reads as leading elsewhere, else raise ValueError."""
     parts = path.split("/")
     if (
         not path
@@ -53,7 +53,9 @@ def _check_publishable(path: str) -> str:
         raise ValueError(
             f"{path!r} may hold a pickle, which is never opened: publish safetensors instead"
         )
-    if path in (MANIFEST_NAME, LATEST_NAME):
+    if any(part.startswith(".") for part in path.split("/")):
+        raise ValueError(f"{path!r} is hidden, and hidden files are never published")
+    if path.casefold() in (MANIFEST_NAME, LATEST_NAME):
         raise ValueError(f"{path!r} is a name of the bucket's own layout")
     return path
 
@@ -81,6 +83,11 @@ class FileEntry(BaseModel):
         return self
 
 
+def _parents(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
 def chunk_count(size: int) -> int:
     """How many chunks a file of `size` bytes has; the last one may be short."""
     return -(-size // CHUNK_SIZE)
@@ -99,9 +106,13 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _is_what_was_published(self) -> Manifest:
-        paths = [entry.path for entry in self.files]
-        if len(set(paths)) != len(paths):
+        # As the least particular file system sees them, where A and a are one file and a file is no folder.
+        paths = {entry.path.casefold() for entry in self.files}
+        if len(paths) != len(self.files):
             raise ValueError("a path is listed twice")
+        for path in paths:
+            if any(parent in paths for parent in _parents(path)):
+                raise ValueError(f"{path!r} lies in a folder that is listed as a file")
         expected = derive_version(self.files, self.recipe)
         if self.version != expected:
             raise ValueError(
@@ -164,7 +175,7 @@ def parse_latest(data: bytes, where: str) -> str:
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(
             f"{where} is not valid JSON ({error}). Publish the model again"
         ) from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from weights.bucket import Bucket
 from weights.digests import Progress
-from weights.errors import BucketError, ManifestError, ModelNotFoundError
+from weights.errors import BucketError, ManifestError, ModelNotFoundError, OversizedError
 from weights.folder import hash_folder
 from weights.manifest import (
     LATEST_NAME,
@@ -27,6 +26,7 @@ from weights.manifest import (
     dump_manifest,
     make_manifest,
 )
+from weights.parallel import run_all
 from weights.snapshot import read_latest, read_manifest
 from weights.upload import FileUpload, copy_within, is_there
 
@@ -85,23 +85,31 @@ def plan_publication(
     model_path: str,
     recipe: Mapping[str, Any],
     *,
+    repair: bool = False,
     jobs: int = 8,
     on_bytes: Progress | None = None,
 ) -> Publication:
     """Hash the folder and find out what the bucket lacks; writes nothing. `on_bytes` counts hashed bytes.
 
     An object that is there but is not the one that was published (other size, no or another SHA-256) counts as
-    lacking: publishing again mends it. Raises FolderError for what cannot be published, BucketError when the bucket
-    cannot be asked.
+    lacking: publishing again mends it. With `repair` all of them do, also what only looks right. Raises FolderError
+    for what cannot be published, BucketError when the bucket cannot be asked.
     """
     manifest = make_manifest(hash_folder(folder, jobs=jobs, on_bytes=on_bytes), recipe)
     keys = [f"{model_path}/{manifest.version}/{entry.path}" for entry in manifest.files]
-    previous = read_latest(bucket, model_path)
-    with ThreadPoolExecutor(jobs, thread_name_prefix="look") as pool:
-        there = list(pool.map(partial(is_there, bucket), keys, manifest.files))
+    previous = _served_version(bucket, model_path)
+    there = [False] * len(keys)
+    if not repair:
+        looks = [
+            partial(is_there, bucket, key, entry)
+            for key, entry in zip(keys, manifest.files, strict=True)
+        ]
+        there = run_all(looks, jobs, name="look")
     lacking = [entry for entry, found in zip(manifest.files, there, strict=True) if not found]
     held = (
-        _held_by(bucket, model_path, previous) if lacking and previous != manifest.version else {}
+        _held_by(bucket, model_path, previous)
+        if lacking and previous != manifest.version and not repair
+        else {}
     )
     copies = [
         (entry, held[entry.sha256])
@@ -141,9 +149,10 @@ def publish(publication: Publication, *, jobs: int = 8, on_bytes: Progress | Non
         for entry, source in publication.copies
     ]
     try:
-        _run_all([*copies, *(upload.begin for upload in uploads)], jobs)
-        _run_all((task for upload in uploads for task in upload.tasks()), jobs)
-        _run_all((upload.complete for upload in uploads), jobs)
+        begin: list[Callable[[], None]] = [*copies, *(upload.begin for upload in uploads)]
+        run_all(begin, jobs, name="publish")
+        run_all((task for upload in uploads for task in upload.tasks()), jobs, name="publish")
+        run_all((upload.complete for upload in uploads), jobs, name="publish")
     except BaseException:
         _abort(uploads)
         raise
@@ -165,10 +174,19 @@ def activate(bucket: Bucket, model_path: str, version: str) -> None:
     bucket.put(f"{model_path}/{LATEST_NAME}", dump_latest(version), content_type="application/json")
 
 
+def _served_version(bucket: Bucket, model_path: str) -> str | None:
+    """The version readers get now; None also where latest.json is broken, since publishing is what mends it."""
+    try:
+        return read_latest(bucket, model_path)
+    except (ManifestError, OversizedError) as error:
+        logger.warning("%s", error)
+        return None
+
+
 def _has_manifest(bucket: Bucket, model_path: str, version: str) -> bool:
     try:
         read_manifest(bucket, model_path, version)
-    except (ModelNotFoundError, ManifestError):
+    except (ModelNotFoundError, ManifestError, OversizedError):
         return False
     return True
 
@@ -179,22 +197,10 @@ def _held_by(bucket: Bucket, model_path: str, version: str | None) -> dict[str, 
         return {}
     try:
         manifest = read_manifest(bucket, model_path, version)
-    except (ModelNotFoundError, ManifestError) as error:
+    except (ModelNotFoundError, ManifestError, OversizedError) as error:
         logger.warning("publishing without reuse of the version before: %s", error)
         return {}
     return {entry.sha256: f"{model_path}/{version}/{entry.path}" for entry in manifest.files}
-
-
-def _run_all(tasks: Iterable[Callable[[], None]], jobs: int) -> None:
-    """Run the tasks, `jobs` at once; after the first failure none is begun, and that failure is raised."""
-    with ThreadPoolExecutor(jobs, thread_name_prefix="publish") as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _abort(uploads: Iterable[FileUpload]) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from weights.bucket import Bucket
 from weights.digests import Progress, describe_file
-from weights.errors import FolderError, WeightsError
-from weights.manifest import CHUNK_SIZE, MANIFEST_NAME, dump_manifest
+from weights.errors import (
+    BucketError,
+    CorruptObjectError,
+    FolderError,
+    ManifestError,
+    ObjectChangedError,
+    WeightsError,
+)
+from weights.manifest import CHUNK_SIZE, MANIFEST_NAME, dump_manifest, parse_manifest
+from weights.parallel import run_all
 from weights.reader import ChunkReader
 from weights.snapshot import Chunk, Snapshot, SnapshotFile
 from weights.stream import DEFAULT_CONNECTIONS
@@ -35,35 +45,47 @@ def verify(
     connections: int = DEFAULT_CONNECTIONS,
     on_bytes: Progress | None = None,
 ) -> VerifyReport:
-    """Read every byte of a version and compare it with the manifest; goes on after a corrupt object.
+    """Read every byte of a version and compare it with the manifest; goes on after a corrupt or missing object.
 
-    Raises WeightsError for a bare folder, which has nothing to compare with.
+    Raises BucketError when the bucket cannot be read, WeightsError for a bare folder, which has nothing to compare
+    with.
     """
     if not snapshot.verifiable:
         raise WeightsError(
             f"{bucket.url(snapshot.model_path)}/ is a bare folder without digests: there is nothing to verify it "
             "against. Publish it with scripts/prepare_model.py"
         )
-    reader = ChunkReader(bucket, threading.Event())
+    reading = _Reading(bucket, connections)
     problems: dict[str, str] = {}
     bytes_read = 0
     lock = threading.Lock()
-    memory = threading.local()
 
     def check(chunk: Chunk) -> None:
         nonlocal bytes_read
         try:
-            reader.read(chunk, [_scratch(memory, chunk.length)])
-        except WeightsError as error:
+            reading.read(chunk)
+        except BucketError as error:
+            if error.code != "NoSuchKey":
+                raise  # nothing is known of bytes that could not be read
+            problem = str(error)
+        except (CorruptObjectError, ObjectChangedError) as error:
+            problem = str(error)
+        else:
             with lock:
-                problems.setdefault(chunk.file.path, str(error))
+                bytes_read += chunk.length
+            if on_bytes:
+                on_bytes(chunk.length)
             return
         with lock:
-            bytes_read += chunk.length
-        if on_bytes:
-            on_bytes(chunk.length)
+            problems.setdefault(chunk.file.path, problem)
 
-    _for_each(check, _chunks(snapshot.files), connections)
+    reading.each(_chunks(snapshot.files), check)
+    for file in snapshot.files:
+        if file.size == 0 and (size := bucket.size(file.key)) != 0:
+            found = "is missing" if size is None else f"has {size} bytes"
+            problems[file.path] = (
+                f"{bucket.url(file.key)} {found} where an empty file was published"
+            )
     return VerifyReport(bytes_read, tuple(problems[path] for path in sorted(problems)))
 
 
@@ -80,48 +102,92 @@ def pull(
     A file is written under a temporary name and takes its own once it is whole, verified and on the disk; files
     that are there already and right are kept. Raises FolderError when the disk is full or refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = [file for file in snapshot.files if not _is_right(folder, file, on_bytes)]
+    with _disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    targets = {file.path: _target(folder, file.path) for file in snapshot.files}
+    wanted = [file for file in snapshot.files if not _is_right(targets[file.path], file, on_bytes)]
     _check_space(folder, sum(file.size for file in wanted))
-    reader = ChunkReader(bucket, threading.Event())
-    memory = threading.local()
+    _forget_other_version(folder, snapshot)
+    reading = _Reading(bucket, connections)
     for file in wanted:
-        target = folder / file.path
-        partial = target.with_name(f".{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as sink:
-                descriptor = sink.fileno()
-                os.truncate(descriptor, file.size)
+        with _replacing(targets[file.path]) as descriptor:
+            os.truncate(descriptor, file.size)
 
-                def fetch(chunk: Chunk, descriptor: int = descriptor) -> None:
-                    data = _scratch(memory, chunk.length)
-                    reader.read(chunk, [data])
-                    _write_all(descriptor, data, chunk.start)
-                    if on_bytes:
-                        on_bytes(chunk.length)
+            def fetch(chunk: Chunk, descriptor: int = descriptor) -> None:
+                data = reading.read(chunk)
+                if reading.stopped.is_set():
+                    return  # interrupted: the file is no longer ours to write
+                _write_all(descriptor, data, chunk.start)
+                if on_bytes:
+                    on_bytes(chunk.length)
 
-                _for_each(fetch, file.chunks(), connections)
-                os.fsync(descriptor)
-            partial.replace(target)
-        except OSError as error:
-            raise _disk_error(target, error) from error
-        finally:
-            partial.unlink(missing_ok=True)
+            reading.each(file.chunks(), fetch)
     if snapshot.manifest:
-        _write_whole(folder / MANIFEST_NAME, dump_manifest(snapshot.manifest))
+        with _replacing(_target(folder, MANIFEST_NAME)) as descriptor:
+            _write_all(descriptor, memoryview(dump_manifest(snapshot.manifest)), 0)
 
 
-def _is_right(folder: Path, file: SnapshotFile, on_bytes: Progress | None) -> bool:
-    """Whether the file is in the folder already with the right bytes, by its digests; never true without any."""
-    target = folder / file.path
+def _target(folder: Path, path: str) -> Path:
+    """Where a file goes, its folders made. Raises FolderError where a link would lead out of `folder`."""
+    target = folder / path
+    with _disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.resolve().is_relative_to(folder.resolve()):
+        raise FolderError(
+            f"cannot write {target}: {target.parent} is a link to {target.parent.resolve()}, outside the folder. "
+            "Remove the link, or pull to another folder"
+        )
+    return target
+
+
+def _is_right(target: Path, file: SnapshotFile, on_bytes: Progress | None) -> bool:
+    """Whether the file is there already with the right bytes, by its digests; never true without any."""
     if file.digests is None or not target.is_file() or target.stat().st_size != file.size:
         return False
-    if describe_file(target, file.path).chunks != file.digests:
-        return False
+    with _disk_errors(target):
+        if describe_file(target, file.path).chunks != file.digests:
+            return False
     if on_bytes:
         on_bytes(file.size)
     return True
+
+
+def _forget_other_version(folder: Path, snapshot: Snapshot) -> None:
+    """Another version's manifest would lie about the folder as soon as one file of this one is in it.
+
+    The weights only that version had go too: a folder of two versions' weights is neither's.
+    """
+    manifest_file = folder / MANIFEST_NAME
+    try:
+        other = parse_manifest(manifest_file.read_bytes(), str(manifest_file))
+    except (OSError, ManifestError):
+        return
+    if other.version == snapshot.version:
+        return
+    with _disk_errors(folder):
+        manifest_file.unlink()
+        for path in {entry.path for entry in other.files} - {file.path for file in snapshot.files}:
+            _target(folder, path).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[int]:
+    """A file descriptor to write to, whose file takes the place of `target` once all is on the disk, or vanishes.
+
+    The temporary name is this process's alone: two that pull into one folder do not write into each other's files.
+    """
+    with _disk_errors(target):
+        descriptor, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".part"
+        )
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+            os.fchmod(descriptor, 0o644)  # mkstemp's is for this user alone
+            Path(name).replace(target)
+        finally:
+            os.close(descriptor)
+            Path(name).unlink(missing_ok=True)
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -133,12 +199,16 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _disk_error(target: Path, error: OSError) -> FolderError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = "The disk is full: free some space or pull to another disk"
-    else:
-        advice = "Check the folder's permissions, or pull to another one"
-    return FolderError(f"cannot write {target}: {error.strerror}. {advice}")
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "The disk is full: free some space or pull to another disk"
+        else:
+            advice = "Check that it is a folder you may write to, or pull to another one"
+        raise FolderError(f"cannot write {target}: {error.strerror}. {advice}") from error
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:
@@ -148,38 +218,33 @@ def _write_all(descriptor: int, data: memoryview, position: int) -> None:
         position += count
 
 
-def _write_whole(target: Path, data: bytes) -> None:
-    partial = target.with_name(f".{target.name}.part")
-    try:
-        with partial.open("wb") as sink:
-            sink.write(data)
-            sink.flush()
-            os.fsync(sink.fileno())
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _disk_error(target, error) from error
-
-
 def _chunks(files: Iterable[SnapshotFile]) -> Iterator[Chunk]:
     for file in files:
         yield from file.chunks()
 
 
-def _scratch(memory: threading.local, length: int) -> memoryview:
-    """This thread's own reusable chunk of memory."""
-    if not hasattr(memory, "chunk"):
-        memory.chunk = memoryview(bytearray(CHUNK_SIZE))
-    chunk: memoryview = memory.chunk
-    return chunk[:length]
+class _Reading:
+    """Chunks read by several threads into memory of their own, and handed on one by one."""
 
+    def __init__(self, bucket: Bucket, connections: int) -> None:
+        self.stopped = threading.Event()
+        self._reader = ChunkReader(bucket, self.stopped)
+        self._connections = connections
+        self._memory = threading.local()
 
-def _for_each(task: Callable[[Chunk], None], chunks: Iterable[Chunk], connections: int) -> None:
-    with ThreadPoolExecutor(connections, thread_name_prefix="weights") as pool:
-        futures = [pool.submit(task, chunk) for chunk in chunks]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    def each(self, chunks: Iterable[Chunk], task: Callable[[Chunk], None]) -> None:
+        """Run `task` for every chunk; after the first failure none is begun."""
+        run_all(
+            [partial(task, chunk) for chunk in chunks],
+            self._connections,
+            name="weights",
+            on_failure=self.stopped.set,  # no chunk is tried again
+        )
+
+    def read(self, chunk: Chunk) -> memoryview:
+        """The chunk's verified bytes, in memory that this thread's next chunk takes."""
+        if not hasattr(self._memory, "chunk"):
+            self._memory.chunk = memoryview(bytearray(CHUNK_SIZE))
+        data: memoryview = self._memory.chunk[: chunk.length]
+        self._reader.read(chunk, [data])
+        return data

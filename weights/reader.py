@@ -58,7 +58,7 @@ class ChunkReader:
                     pause,
                 )
                 if self._stopped.wait(pause):
-                    raise
+                    raise _as_room_error(error, self._bucket, chunk) from error
             else:
                 return
 
@@ -67,13 +67,15 @@ class ChunkReader:
         etag = self._bucket.read_range(
             file.key, chunk.start, into, size=file.size, etag=self._expected_etag(file)
         )
-        self._remember_etag(file, etag)
         if chunk.digest is not None and chunk_digest(into) != chunk.digest:
             raise CorruptObjectError(
                 f"{self._bucket.url(file.key)} is corrupt: bytes {chunk.start} to {chunk.start + chunk.length - 1} "
-                "are not the bytes that were published (their BLAKE3 differs). Publish the model again, or go back "
-                "to an earlier version with `python -m weights activate`"
+                "are not the bytes that were published (their BLAKE3 differs). Publish the model again with "
+                "prepare_model.py --repair, which sends every file anew, or go back to an earlier version with "
+                "`python -m weights activate`"
             )
+        # Only now: the ETag of a stale answer, from a cache that was wrong once, must not decide about the others.
+        self._remember_etag(file, etag)
 
     def _expected_etag(self, file: SnapshotFile) -> str | None:
         return file.etag or self._etags.get(file.key)

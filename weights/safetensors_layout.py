@@ -65,7 +65,7 @@ def parse_header(header: bytes | memoryview, where: str, size: int) -> tuple[Ten
             for name, entry in entries.items()
             if name != "__metadata__"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptObjectError(
             f"{where} has a safetensors header that cannot be read ({error!r}). Publish the model again"
         ) from None
@@ -86,8 +86,8 @@ def parse_header(header: bytes | memoryview, where: str, size: int) -> tuple[Ten
 
 
 def _place(name: str, entry: Mapping[str, Any], base: int) -> TensorPlace:
-    shape = tuple(int(length) for length in entry["shape"])
-    start, end = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(_whole(length) for length in entry["shape"])
+    start, end = (_whole(offset) for offset in entry["data_offsets"])
     dtype = entry["dtype"]
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
@@ -96,3 +96,9 @@ def _place(name: str, entry: Mapping[str, Any], base: int) -> TensorPlace:
             f"tensor {name!r} of shape {shape} and dtype {dtype} has {end - start} bytes"
         )
     return TensorPlace(name, dtype, shape, base + start, base + end)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int:  # neither 4.0 nor true nor "4"
+        raise TypeError(f"{number!r} is not a whole number")
+    return number

@@ -30,7 +30,7 @@ from weights.manifest import (
 
 LATEST_LIMIT = 64 * 1024  # bytes
 MANIFEST_LIMIT = 64 * 1024 * 1024  # bytes; about a million chunks, 16 TB of model
-_CONFIG_SUFFIXES = (".json", ".txt", ".model")
+CONFIG_SUFFIXES = (".json", ".txt", ".model")
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,11 @@ class SnapshotFile:
     @property
     def is_weights(self) -> bool:
         return self.path.endswith(".safetensors")
+
+    @property
+    def is_config(self) -> bool:
+        """A small file that a pipeline is built from. A README, say, is neither: published and pulled, not loaded."""
+        return self.path.endswith(CONFIG_SUFFIXES)
 
     def chunks(self) -> Iterator[Chunk]:
         for index in range(chunk_count(self.size)):
@@ -160,7 +165,7 @@ def _bare_folder(bucket: Bucket, model_path: str) -> Snapshot:
             f"{LATEST_NAME} nor model_index.json can be read under {bucket.url(model_path)}/ ({error}). Check "
             "MODEL_PATH and MODEL_BUCKET_NAME, or publish it with scripts/prepare_model.py"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{bucket.url(index_key)} is not valid JSON ({error})") from None
     if not isinstance(index, dict):
         raise ManifestError(f"{bucket.url(index_key)} is not a JSON object")
@@ -202,7 +207,7 @@ def _needed_files(
             )
     unwanted = set(_other_variants(weights))
     for path, info in sorted(by_path.items()):
-        if path in unwanted or not path.endswith((".safetensors", *_CONFIG_SUFFIXES)):
+        if path in unwanted or not path.endswith((".safetensors", *CONFIG_SUFFIXES)):
             continue
         try:
             check_path(path)

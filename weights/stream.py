@@ -76,12 +76,12 @@ class ModelStream:
         self._error: BaseException | None = None
         # Small files first, since the pipeline is built from them; then every weight file's head, which says where
         # its tensors lie; the rest of a file queues up when its head has landed.
+        files = [file for file in snapshot.files if file.is_weights or file.is_config]
+        self.total_bytes = sum(file.size for file in files)
         self._configs = {
-            file.path: self._start(self._read_whole, file)
-            for file in snapshot.files
-            if not file.is_weights
+            file.path: self._start(self._read_whole, file) for file in files if file.is_config
         }
-        for file in snapshot.files:
+        for file in files:
             if file.is_weights:
                 self._start(self._read_head, file)
         self._task_done()
@@ -95,12 +95,8 @@ class ModelStream:
         """The recipe the model was published with; None for a bare folder."""
         return self.snapshot.recipe
 
-    @property
-    def total_bytes(self) -> int:
-        return self.snapshot.total_bytes
-
     def configs(self) -> dict[str, bytes]:
-        """Every file that holds no weights, by its path; waits for the last of them. Raises WeightsError."""
+        """Every config file, by its path; waits for the last of them. Raises WeightsError."""
         try:
             return {path: future.result() for path, future in self._configs.items()}
         except CancelledError:
@@ -119,9 +115,7 @@ class ModelStream:
 
     def close(self) -> None:
         """Stop reading and wait for the threads. Harmless when all has been read."""
-        self._stopped.set()
-        self._pool.shutdown(cancel_futures=True)
-        self._landed.put(None)
+        self._close(wait=True)
 
     def __enter__(self) -> ModelStream:
         return self
@@ -132,18 +126,35 @@ class ModelStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # After Ctrl-C nobody waits: a thread may be stuck on a server that says nothing.
+        self._close(wait=kind is not KeyboardInterrupt)
+
+    def _close(self, *, wait: bool) -> None:
+        self._stopped.set()
+        self._pool.shutdown(wait=wait, cancel_futures=True)
+        self._landed.put(None)
 
     def _start(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
         with self._lock:
             self._pending += 1
-        return self._pool.submit(self._run, task, *arguments)
+        try:
+            return self._pool.submit(self._run, task, *arguments)
+        except RuntimeError:
+            if self._stopped.is_set():  # closed meanwhile, and the pool takes no more
+                raise CancelledError from None
+            raise
 
     def _run(self, task: Callable[..., Any], *arguments: Any) -> Any:
         if self._stopped.is_set():
             raise CancelledError
         try:
             result = task(*arguments)
+        except CancelledError:
+            raise
+        except (MemoryError, OSError) as error:  # mmap says "Cannot allocate memory" as an OSError
+            lacking = self._no_memory(error)
+            self._fail(lacking)
+            raise lacking from error
         except BaseException as error:
             self._fail(error)
             raise
@@ -160,11 +171,18 @@ class ModelStream:
         self._landed.put(None)
 
     def _fail(self, error: BaseException) -> None:
+        """Note the first error, unless somebody has stopped the reading before, and stop everything."""
         with self._lock:
-            if self._error is None:
+            if self._error is None and not self._stopped.is_set():
                 self._error = error
         self._stopped.set()
         self._landed.put(None)
+
+    def _no_memory(self, error: MemoryError | OSError) -> WeightsError:
+        return WeightsError(
+            f"not enough memory for {self._bucket.url(self.snapshot.model_path)}, {self.total_bytes / 1e9:.2f} GB "
+            f"({error}). Give the machine or the container more"
+        )
 
     def _raise_error(self) -> None:
         if self._error is not None:

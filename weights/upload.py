@@ -6,7 +6,7 @@ on arrival, so what lies in the bucket afterwards is what was hashed.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,8 @@ class FileUpload:
         """Read a part of the file, `start` on a chunk's border, and make sure it is still what was hashed."""
         try:
             with self._file.open("rb", buffering=0) as source:
-                data = os.pread(source.fileno(), length, start)
+                source.seek(start)
+                data = _read_exactly(source, length)
         except OSError as error:
             raise FolderError(f"cannot read {self._file}: {error.strerror}") from error
         first = start // CHUNK_SIZE
@@ -139,6 +140,15 @@ class FileUpload:
     def _sent(self, count: int) -> None:
         if self._on_bytes:
             self._on_bytes(count)
+
+
+def _read_exactly(source: io.RawIOBase, length: int) -> bytes:
+    """As many bytes as there are up to `length`: network file systems give fewer at a time."""
+    parts = []
+    while length and (part := source.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def copy_within(bucket: Bucket, source_key: str, key: str, entry: FileEntry) -> None:
@@ -168,9 +178,10 @@ def is_there(bucket: Bucket, key: str, entry: FileEntry) -> bool:
         if error.is_missing_or_hidden:
             return False
         raise
+    # Servers written in Go give the name back as Sha256.
+    metadata = {name.lower(): value for name, value in found.get("Metadata", {}).items()}
     return (
-        found["ContentLength"] == entry.size
-        and found["Metadata"].get(SHA256_METADATA) == entry.sha256
+        found.get("ContentLength") == entry.size and metadata.get(SHA256_METADATA) == entry.sha256
     )
 
 

@@ -103,6 +103,18 @@ def test_a_path_listed_twice_is_refused():
         make_manifest([entry(), entry()], {})
 
 
+@pytest.mark.parametrize("paths", [("A.json", "a.json"), ("a", "a/b"), ("unet", "unet/x/y")])
+def test_paths_that_are_one_on_some_system_are_refused(paths):
+    with pytest.raises(ManifestError):
+        make_manifest([entry(path) for path in paths], {})
+
+
+@pytest.mark.parametrize("path", [".env", "unet/.hidden/x", "Manifest.JSON"])
+def test_names_that_are_kept_for_other_uses_are_refused(path):
+    with pytest.raises(ManifestError, match="here"):
+        parse_manifest(document(files=[entry().model_dump() | {"path": path}]), "here")
+
+
 @pytest.mark.parametrize(
     ("size", "digests"), [(0, 1), (1, 0), (CHUNK_SIZE, 2), (CHUNK_SIZE + 1, 1)]
 )
@@ -111,7 +123,9 @@ def test_every_chunk_has_one_digest(size, digests):
         FileEntry(path="a", size=size, sha256=DIGEST, chunks=(DIGEST,) * digests)
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>", b"[]", b"{}", b"\xff"])
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>", b"[]", b"{}", b"\xff", b"[" * 100_000], ids=range(6)
+)
 def test_what_is_not_a_manifest_is_refused_naming_the_object(data):
     with pytest.raises(ManifestError, match=r"s3://b/m/manifest\.json"):
         parse_manifest(data, "s3://b/m/manifest.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from botocore.stub import Stubber
 
 from demo.s3 import EmbeddedS3
 from demo.s3_faults import Fault
@@ -17,7 +18,9 @@ from weights import (
     publish,
     read_latest,
 )
+from weights.listing import list_versions
 from weights.pull import verify
+from weights.upload import is_there
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -145,7 +148,21 @@ def test_a_folder_with_a_pickle_is_refused(bucket, own_model, name):
 
 def test_a_link_out_of_the_folder_is_refused(bucket, own_model):
     (own_model / "passwords.txt").symlink_to("/etc/passwd")
-    with pytest.raises(FolderError, match="a link to /etc/passwd, outside the folder"):
+    with pytest.raises(FolderError, match=r"passwords\.txt: it is a link to /etc/passwd"):
+        plan_publication(own_model, bucket, MODEL, RECIPE)
+
+
+def test_a_link_to_a_hidden_file_is_refused(bucket, own_model):
+    (own_model / ".env").write_text("secret")
+    (own_model / "notes.txt").symlink_to(own_model / ".env")
+    with pytest.raises(FolderError, match=r"notes\.txt: it is a link to .*\.env, which is hidden"):
+        plan_publication(own_model, bucket, MODEL, RECIPE)
+
+
+def test_a_linked_folder_is_refused_and_not_left_out_silently(bucket, own_model, tmp_path):
+    (own_model / "vae").rename(tmp_path / "elsewhere")
+    (own_model / "vae").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FolderError, match="vae: it is a link to a folder"):
         plan_publication(own_model, bucket, MODEL, RECIPE)
 
 
@@ -168,6 +185,59 @@ def test_every_object_tells_its_sha256_to_other_tools(bucket, published):
     for entry in published.files:
         head = bucket.client.head_object(Bucket=bucket.name, Key=published.key(entry.path))
         assert head["Metadata"]["sha256"] == entry.sha256
+
+
+@pytest.mark.parametrize("broken", [b"nonsense", b"x" * 100_000])
+def test_publishing_again_mends_a_broken_latest(bucket, model, published, broken):
+    bucket.client.put_object(Bucket=bucket.name, Key=f"{MODEL}/latest.json", Body=broken)
+    publish_folder(bucket, model)
+    assert read_latest(bucket, MODEL) == published.version
+
+
+def test_versions_can_be_listed_when_latest_is_broken(bucket, published):
+    bucket.client.put_object(Bucket=bucket.name, Key=f"{MODEL}/latest.json", Body=b"nonsense")
+    (found,) = list_versions(bucket, MODEL)
+    assert found.version == published.version
+    assert not found.active
+
+
+def test_repairing_sends_also_what_only_looks_right(bucket, model, published):
+    key = published.key(UNET)
+    head = bucket.client.head_object(Bucket=bucket.name, Key=key)
+    damaged = bytearray((model / UNET).read_bytes())
+    damaged[-1] ^= 1
+    bucket.client.put_object(
+        Bucket=bucket.name, Key=key, Body=bytes(damaged), Metadata=head["Metadata"]
+    )
+    assert plan_publication(model, bucket, MODEL, RECIPE).unchanged
+
+    publish(plan_publication(model, bucket, MODEL, RECIPE, repair=True))
+
+    assert verify(bucket, find_snapshot(bucket, MODEL)).problems == ()
+
+
+def test_a_file_too_large_to_copy_at_once_is_copied_in_parts(bucket, large_model, monkeypatch):
+    monkeypatch.setattr("weights.upload._COPY_IN_ONE", 32 * 1024 * 1024)  # S3's is 5 GiB
+    publish_folder(bucket, large_model)
+    (large_model / "vae" / "config.json").write_text('{"_class_name": "Other"}')
+
+    second = publish_folder(bucket, large_model)
+
+    assert UNET not in {entry.path for entry in second.uploads}
+    head = bucket.client.head_object(Bucket=bucket.name, Key=second.key(UNET))
+    assert head["ETag"].strip('"').endswith("-9")  # 66 MiB in parts of 8
+    assert head["Metadata"].keys() == {"sha256"}
+    assert verify(bucket, find_snapshot(bucket, MODEL)).problems == ()
+
+
+def test_metadata_names_that_a_server_capitalises_are_recognised(bucket, published):
+    # Servers written in Go answer X-Amz-Meta-Sha256; botocore hands the name on as it came.
+    entry = published.files[0]
+    with Stubber(bucket.client) as server:
+        server.add_response(
+            "head_object", {"ContentLength": entry.size, "Metadata": {"Sha256": entry.sha256}}
+        )
+        assert is_there(bucket, published.key(entry.path), entry)
 
 
 def test_activate_goes_back_to_an_earlier_version(bucket, own_model):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.weights.conftest import MODEL
-from weights import CorruptObjectError, FolderError, WeightsError, find_snapshot
+from demo.s3_faults import Fault
+from tests.weights.conftest import MODEL, publish_folder
+from weights import BucketError, CorruptObjectError, FolderError, WeightsError, find_snapshot
 from weights.pull import pull, verify
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -64,6 +65,96 @@ def test_a_corrupt_object_leaves_no_file_and_no_manifest(bucket, published, tmp_
     assert UNET not in left
     assert "manifest.json" not in left
     assert not any(path.endswith(".part") for path in left)
+
+
+def pulling(s3, bucket, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "weights",
+            "pull",
+            MODEL,
+            "--to",
+            str(folder),
+            "--bucket",
+            bucket.name,
+        ],
+        env=s3.environment() | {"PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_that_pull_into_one_folder_do_not_spoil_each_others_files(
+    s3, bucket, model, published, tmp_path
+):
+    held = Fault(kind="hold", bucket=bucket.name, key=f"*/{UNET}", skip=1, times=1)
+    s3.inject(held)
+    first = pulling(s3, bucket, tmp_path / "out")
+    try:
+        s3.wait_for_held_request()
+        second = pulling(s3, bucket, tmp_path / "out")
+        assert second.wait(60) == 0
+    finally:
+        s3.clear_faults()
+    assert first.wait(60) == 0
+
+    pulled = contents(tmp_path / "out")
+    assert pulled.pop("manifest.json")
+    assert pulled == contents(model)
+
+
+def test_an_interrupt_ends_at_once_although_the_server_says_nothing(
+    s3, bucket, published, tmp_path
+):
+    s3.inject(Fault(kind="hold", bucket=bucket.name, key=f"*/{UNET}"))
+    child = pulling(s3, bucket, tmp_path / "out")
+    try:
+        s3.wait_for_held_request()
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=30)
+    finally:
+        s3.clear_faults()
+
+    assert child.returncode == 130
+    assert said.strip() == "interrupted; nothing was left half done"
+    assert UNET not in contents(tmp_path / "out")
+    assert not any(path.endswith(".part") for path in contents(tmp_path / "out"))
+
+
+def test_a_link_that_leads_out_of_the_folder_is_not_followed(bucket, published, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unet").symlink_to(victim)
+    with pytest.raises(FolderError, match=r"is a link to .*victim, outside the folder"):
+        pull(bucket, find_snapshot(bucket, MODEL), tmp_path / "out")
+    assert contents(victim) == {}
+
+
+@pytest.mark.parametrize("place", ["out", "out/unet"])
+def test_a_file_where_a_folder_must_go_is_named(bucket, published, tmp_path, place):
+    file = tmp_path / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("in the way")
+    with pytest.raises(FolderError, match=f"cannot write {tmp_path / place}"):
+        pull(bucket, find_snapshot(bucket, MODEL), tmp_path / "out")
+    assert file.read_text() == "in the way"
+
+
+def test_pulling_another_version_leaves_nothing_of_the_one_before(bucket, own_model, tmp_path):
+    publish_folder(bucket, own_model)
+    pull(bucket, find_snapshot(bucket, MODEL), tmp_path / "out")
+    (own_model / UNET).rename(own_model / "unet" / "other.safetensors")
+    publish_folder(bucket, own_model)
+
+    pull(bucket, find_snapshot(bucket, MODEL), tmp_path / "out")
+
+    pulled = contents(tmp_path / "out")
+    assert pulled.pop("manifest.json")
+    assert pulled == contents(own_model)
 
 
 def test_too_little_space_is_said_before_anything_is_written(
@@ -127,6 +218,21 @@ def test_verify_names_every_object_that_is_wrong(bucket, published):
     assert len(problems) == 3
     for path in (UNET, "vae/config.json", "unet/config.json"):
         assert any(published.key(path) in problem for problem in problems)
+
+
+def test_verify_looks_at_empty_files_too(bucket, own_model):
+    (own_model / "empty.txt").write_bytes(b"")
+    published = publish_folder(bucket, own_model)
+    bucket.client.put_object(Bucket=bucket.name, Key=published.key("empty.txt"), Body=b"grown")
+    (problem,) = verify(bucket, find_snapshot(bucket, MODEL)).problems
+    assert published.key("empty.txt") in problem
+
+
+def test_verify_does_not_call_a_refusal_damage(s3, bucket, published):
+    refusal = Fault(kind="status", status=403, bucket=bucket.name, key=f"*/{UNET}")
+    snapshot = find_snapshot(bucket, MODEL)
+    with s3.fault(refusal), pytest.raises(BucketError, match="may not do that"):
+        verify(bucket, snapshot)
 
 
 def test_a_bare_folder_cannot_be_verified(bucket, model):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from botocore.response import StreamingBody
+from botocore.stub import Stubber
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from demo.s3_faults import Fault
 from tests.weights.conftest import MODEL, NUMPY_DTYPES, RECIPE, publish_folder
@@ -237,9 +241,20 @@ def test_wrong_keys_are_named_without_the_secret(s3, bucket, bucket_for, publish
     assert "hunter2" not in str(caught.value)
 
 
-def test_leaving_early_stops_the_reading_and_leaves_no_thread(bucket, published):
-    with open_model(bucket, MODEL, connections=2) as stream:
-        next(stream.tensors())
+def test_leaving_early_stops_the_reading_and_leaves_no_thread(s3, bucket, large_model):
+    published = publish_folder(bucket, large_model)
+    s3.forget_requests()
+    s3.inject(Fault(kind="hold", bucket=bucket.name, key=f"*/{UNET}", skip=1))
+    stream = open_model(bucket, MODEL, connections=1)
+    stream.configs()
+    s3.wait_for_held_request()
+    leaving = threading.Thread(target=stream.close)
+    leaving.start()
+    s3.clear_faults()
+    leaving.join()
+
+    read = [record for record in s3.requests(bucket.name) if record.key == published.key(UNET)]
+    assert len(read) == 2  # the head and the chunk that was held, of five
     assert not any(thread.name.startswith("weights") for thread in threading.enumerate())
 
 
@@ -247,12 +262,74 @@ def test_a_stream_that_was_stopped_does_not_pass_for_a_whole_one(s3, bucket, pub
     held = Fault(kind="hold", bucket=bucket.name, key=f"*/{UNET}")
     s3.inject(held)
     stream = open_model(bucket, MODEL, connections=2)
+    s3.wait_for_held_request()  # the head, which would queue more chunks when it lands
     stopping = threading.Thread(target=stream.close)
     stopping.start()
     s3.clear_faults()
     stopping.join()
     with pytest.raises(WeightsError, match="stopped before its end"):
         list(stream.tensors())
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(s3, bucket, model, published):
+    for name in ("latest.json", "manifest.json"):
+        s3.inject(Fault(kind="truncate", bucket=bucket.name, key=f"*/{name}", at=5, times=1))
+    try:
+        with open_model(bucket, MODEL) as stream:
+            assert_same(arrays(stream), expected_arrays(model))
+    finally:
+        s3.clear_faults()
+
+
+def test_a_header_longer_than_a_chunk_is_read_whole(bucket, own_model):
+    tensors = {"x": np.arange(10, dtype="float32"), "y": np.ones((3, 3), dtype="float16")}
+    save_file(tensors, own_model / UNET, metadata={"padding": "x" * (CHUNK_SIZE + 100)})
+    publish_folder(bucket, own_model)
+    with open_model(bucket, MODEL) as stream:
+        assert_same(arrays(stream), expected_arrays(own_model))
+
+
+def answer(data: bytes, **headers: object) -> dict[str, object]:
+    """What botocore makes of an S3 answer with this body."""
+    headers = {"ETag": '"one"', "ContentLength": len(data), **headers}
+    return {"Body": StreamingBody(io.BytesIO(data), len(data)), **headers}
+
+
+def read_four(bucket, response: dict[str, object], *, etag: str | None = "one") -> bytes:
+    """Ask for bytes 2 to 5 of an object of ten, and let the server answer `response`."""
+    data = bytearray(4)
+    with Stubber(bucket.client) as server:
+        server.add_response("get_object", response)
+        bucket.read_range(
+            "key", 2, [memoryview(data)[:1], memoryview(data)[1:]], size=10, etag=etag
+        )
+    return bytes(data)
+
+
+def test_a_200_with_the_right_content_range_is_accepted(bucket):
+    assert read_four(bucket, answer(b"abcd", ContentRange="bytes 2-5/10")) == b"abcd"
+
+
+@pytest.mark.parametrize(
+    ("response", "error", "words"),
+    [
+        # TAG ignores If-Match on a hit, so the ETag itself has to be looked at.
+        (
+            answer(b"abcd", ContentRange="bytes 2-5/10", ETag='"two"'),
+            ObjectChangedError,
+            "replaced",
+        ),
+        (answer(b"abcd", ContentRange="bytes 3-6/10"), BucketError, "got 3-6"),
+        (answer(b"abcd", ContentRange="bytes 2-5/11"), CorruptObjectError, "11 bytes"),
+        (answer(b"0123456789"), BucketError, "ignored the range"),
+        (answer(b"abcdE", ContentRange="bytes 2-5/10"), BucketError, "too long"),
+        ({"Body": StreamingBody(io.BytesIO(b"abcd"), 4)}, BucketError, "no ETag"),
+    ],
+)
+def test_an_answer_to_something_else_is_refused(bucket, response, error, words):
+    with pytest.raises(error, match=words) as caught:
+        read_four(bucket, response)
+    assert f"s3://{bucket.name}/key" in str(caught.value)
 
 
 def upload_bare(bucket, folder: Path, prefix: str = MODEL) -> None:
