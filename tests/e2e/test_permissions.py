@@ -8,6 +8,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.e2e.conftest import MODEL, TUTORIAL_INPUT, Deployment, image_urls, version_of
+from tests.support.cog_server import CogServer
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,15 @@ def test_setup_and_predictions_work_with_the_restricted_keypair_alone(server, de
     assert {record.access_key_id for record in used} == {deployment.workload.access_key_id}
 
 
-def test_setup_asks_for_objects_and_never_lists(s3, deployment, server):
-    calls = [
-        record
-        for record in s3.requests(deployment.models)
-        if record.access_key_id == deployment.workload.access_key_id
-    ]
-    assert {record.method for record in calls} <= {"GET"}
-    assert all(record.key for record in calls)
+def test_setup_asks_for_objects_and_never_lists(s3, deployment):
+    s3.forget_requests()
+    with CogServer(deployment.environment()) as own_server:
+        assert own_server.health()["status"] == "READY", own_server.tail()
+
+    calls = [record for record in s3.requests(deployment.models) if record.access_key_id]
+    assert {record.access_key_id for record in calls} == {deployment.workload.access_key_id}
+    assert {record.method for record in calls} == {"GET"}
+    assert all(record.key.startswith(f"{MODEL}/") for record in calls)
 
 
 def test_reading_the_model_is_allowed(workload, deployment):
