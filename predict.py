@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,31 +151,37 @@ class Runner(BaseRunner):
     ) -> list[str]:
         """Generate the images one after another, each encoded and uploaded beside the next one's denoising."""
         prediction_id = _prediction_id()
-        images = self.engine.generate(request)
+        cancelled = threading.Event()
+        images = self.engine.generate(request, cancelled)
         seeds: list[int] = []
         timings: dict[str, float] = {}
         uploads: list[asyncio.Task[tuple[str, dict[str, float]]]] = []
+        failures: list[BaseException] = []
         try:
-            while image := await asyncio.to_thread(next, images, None):
-                seeds.append(image.seed)
-                _add(timings, image.timings)
-                finish = asyncio.to_thread(
-                    self._finish,
-                    image,
-                    request,
-                    output_format,
-                    output_quality,
-                    prediction_id,
-                    len(uploads),
-                )
-                uploads.append(asyncio.create_task(finish))
+            try:
+                while image := await asyncio.to_thread(next, images, None):
+                    seeds.append(image.seed)
+                    _add(timings, image.timings)
+                    finish = asyncio.to_thread(
+                        self._finish,
+                        image,
+                        request,
+                        output_format,
+                        output_quality,
+                        prediction_id,
+                        len(uploads),
+                    )
+                    uploads.append(asyncio.create_task(finish))
+            except DiffusionError as error:
+                failures.append(error)
             # All of them, also when one fails: what was generated is stored if it can be.
             finished = await asyncio.gather(*uploads, return_exceptions=True)
         finally:
+            # Cancelling ends the waiting but no thread: the one that generates would go through all its steps.
+            cancelled.set()
             for upload in uploads:
                 upload.cancel()
         urls: list[str] = []
-        failures: list[BaseException] = []
         for result in finished:
             if isinstance(result, BaseException):
                 failures.append(result)
@@ -282,9 +289,12 @@ def _reporting_progress(stream: ModelStream) -> Iterator[LandedTensor]:
 
 def _with_what_was_stored(failure: BaseException, urls: list[str]) -> BaseException:
     """The failure of one image, with the URLs of those that did arrive: they are paid for, and nobody else knows."""
-    if not urls or not isinstance(failure, ImagesError):
+    if not urls or not isinstance(failure, ImagesError | DiffusionError):
         return failure
-    return ImagesError(f"{failure}. The other images are stored: {' '.join(urls)}")
+    # A DiffusionError ends the request, so the images after it were never made.
+    which = "other images" if isinstance(failure, ImagesError) else "images before it"
+    message = str(failure).removesuffix(".")
+    return type(failure)(f"{message}. The {which} are stored: {' '.join(urls)}")
 
 
 def _prediction_id() -> str | None:

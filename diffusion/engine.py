@@ -159,15 +159,18 @@ class Engine:
     def _denoise(
         self, plan: Plan, embeddings: _Embeddings, seed: int, cancelled: Event
     ) -> torch.Tensor:
-        def between_steps(
-            _pipeline: object, step: int, _timestep: object, tensors: dict[str, Any]
-        ) -> dict[str, Any]:
-            _stop_if(cancelled, f"seed {seed} ended after step {step + 1} of {plan.steps}")
-            return tensors  # as they came: stock goes on with them
-
         # Alone in its batch: kernels choose their order of summation by shape, so in company an image would differ in
         # its last bits from the one its seed gives alone.
         pipeline = self._pipeline
+
+        def between_steps(
+            _pipeline: object, step: int, _timestep: object, tensors: dict[str, Any]
+        ) -> dict[str, Any]:
+            # Schedulers of second order take nearly two of these for each step asked for.
+            steps = len(pipeline.scheduler.timesteps)
+            _stop_if(cancelled, f"seed {seed} ended after step {step + 1} of {steps}")
+            return tensors  # as they came: stock goes on with them
+
         # A scheduler counts its steps and remembers past ones; an image that failed must not hand those on.
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         latents: torch.Tensor = pipeline(

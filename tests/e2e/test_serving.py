@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from demo.s3 import Fault
 from images.encode import read_metadata
 from images.provenance import Provenance
 from tests.e2e.conftest import MODEL, TUTORIAL_INPUT, fetch, image_urls, version_of
@@ -97,6 +98,19 @@ def test_two_requests_are_served_side_by_side(server):
         )
     urls = [url for answer in answers for url in image_urls(answer)]
     assert len(set(urls)) == 2
+
+
+def test_a_slow_upload_keeps_nobody_else_from_the_device(server, deployment):
+    slow = Fault(kind="hold", method="PUT", bucket=deployment.images, times=1)
+    with ThreadPoolExecutor(1) as pool:
+        with deployment.s3.fault(slow):
+            first = pool.submit(server.predict, {"prompt": "a fox", "num_outputs": 2})
+            deployment.s3.wait_for_held_request()
+
+            image_urls(server.predict({"prompt": "a hare"}))
+
+            assert not first.done()
+        assert len(image_urls(first.result())) == 2
 
 
 def test_an_id_that_looks_like_a_path_stays_in_the_images_folder(server, deployment):
