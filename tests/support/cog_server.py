@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +35,7 @@ NO_AMBIENT_CREDENTIALS = {
 }
 TAIL_LINES = 80
 STOP_SECONDS = 20.0
+SLOT_SECONDS = 5.0
 
 _running: list[CogServer] = []
 
@@ -132,12 +134,17 @@ class CogServer:
     ) -> Response:
         """PUT /predictions/<id> where an id is given, POST /predictions where not.
 
-        `fields` go beside `input` in the body (`webhook`, `context`, ...).
+        `fields` go beside `input` in the body (`webhook`, `context`, ...). Cog gives a slot back a moment after the
+        answer that it was taken for, so a 409 is asked again for up to SLOT_SECONDS.
         """
         method, path = ("POST", "/predictions") if id is None else ("PUT", f"/predictions/{id}")
-        return self.request(
-            method, path, {"input": dict(input or {}), **fields}, headers, timeout=timeout
-        )
+        body = {"input": dict(input or {}), **fields}
+        deadline = time.monotonic() + SLOT_SECONDS
+        while True:
+            response = self.request(method, path, body, headers, timeout=timeout)
+            if response.status != HTTPStatus.CONFLICT or time.monotonic() > deadline:
+                return response
+            time.sleep(0.05)
 
     def request(
         self,
