@@ -64,8 +64,7 @@ def plan(request: GenerationRequest, recipe: Recipe, *, size_multiple: int) -> P
         raise RequestError(f"num_outputs is {request.num_outputs}; ask for at least 1 image.")
     return Plan(
         prompt=request.prompt,
-        # SDXL was trained with zeros, not with the encoding of "", where there is nothing to avoid; None gives those.
-        negative_prompt=request.negative_prompt if request.negative_prompt.strip() else None,
+        negative_prompt=_negative_prompt(request, recipe),
         width=request.width,
         height=request.height,
         steps=_steps(request.steps, recipe),
@@ -123,6 +122,18 @@ def _guidance_scale(request: GenerationRequest, recipe: Recipe) -> float:
             recipe.guidance_scale,
         )
     return recipe.guidance_scale
+
+
+def _negative_prompt(request: GenerationRequest, recipe: Recipe) -> str | None:
+    # SDXL was trained with zeros, not with the encoding of "", where there is nothing to avoid; None gives those.
+    if not request.negative_prompt.strip():
+        return None
+    if recipe.guidance_free:
+        logger.info(
+            "Ignoring negative_prompt: this checkpoint was distilled without guidance, which it acts through."
+        )
+        return None
+    return request.negative_prompt
 
 
 def _seeds(first: int | None, count: int) -> tuple[int, ...]:

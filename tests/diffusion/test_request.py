@@ -98,11 +98,20 @@ def test_a_guidance_free_checkpoint_ignores_guidance_with_one_line_in_the_log(ca
     assert "guidance_scale 3.5" in record.getMessage()
 
 
+def test_a_guidance_free_checkpoint_ignores_a_negative_prompt_with_one_line_in_the_log(caplog):
+    caplog.set_level(logging.INFO)
+
+    assert planned(lightning_recipe(), negative_prompt="blurry").negative_prompt is None
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Ignoring negative_prompt: ")
+
+
 def test_guidance_that_changes_nothing_is_not_worth_a_line(caplog):
     caplog.set_level(logging.INFO)
 
     planned(lightning_recipe(), guidance_scale=0.0)
-    planned(lightning_recipe())
-    planned(ANY, guidance_scale=3.5)
+    planned(lightning_recipe(), negative_prompt=" ")
+    planned(ANY, guidance_scale=3.5, negative_prompt="blurry")
 
     assert not caplog.records
