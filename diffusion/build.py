@@ -6,6 +6,7 @@ bytes come from, and whether they are the right ones, is the weights room's busi
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -45,8 +46,13 @@ def build_pipeline(
     """
     check_components(configs)
     scheduler = build_scheduler(recipe.scheduler, configs)
-    tokenizers = {name: build_tokenizer(name, configs) for name in TOKENIZERS}
-    modules = {name: build_module(name, configs) for name in MODULES}
+    modules: dict[str, Any] = {name: build_module(name, configs) for name in MODULES}
+    tokenizers = {
+        tokenizer: build_tokenizer(
+            tokenizer, configs, max_tokens=modules[encoder].config.max_position_embeddings
+        )
+        for tokenizer, encoder in TOKENIZERS.items()
+    }
     _land(tensors, modules, device, dtype)
 
     index = read_config(configs, "model_index.json")
@@ -89,7 +95,8 @@ def _land(
 
 def _dtype_of(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
     # SDXL's own VAE overflows in float16 and says so. Stock diffusers casts it to float32 and back for every decode;
-    # keeping it there costs 170 MB and nothing per image, and decodes to the same pixels.
+    # keeping it there costs 170 MB and nothing per image. From a float16 file it decodes to the same pixels; from a
+    # float32 one it keeps the bits that stock rounds away while loading.
     if isinstance(module, AutoencoderKL) and dtype == torch.float16 and module.config.force_upcast:
         return torch.float32
     return dtype

@@ -30,7 +30,8 @@ MODULES: dict[str, Any] = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
 }
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+# Each with the text encoder that reads its tokens.
+TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 
 _CLASS_NAMES = {
     **{name: (module.__name__,) for name, module in MODULES.items()},
@@ -94,8 +95,11 @@ def _clip_config(config: Mapping[str, Any]) -> CLIPTextConfig:
     return CLIPTextConfig.from_dict(plain, attn_implementation="sdpa")
 
 
-def build_tokenizer(name: str, configs: Mapping[str, bytes]) -> CLIPTokenizer:
-    """A CLIP tokenizer from its few small files, which its class reads only from a folder."""
+def build_tokenizer(name: str, configs: Mapping[str, bytes], *, max_tokens: int) -> CLIPTokenizer:
+    """A CLIP tokenizer from its few small files, which its class reads only from a folder.
+
+    It cuts prompts at `max_tokens`, the positions that its text encoder has, or before, where its config says so.
+    """
     files = {
         file: configs[path] for file in _TOKENIZER_FILES if (path := f"{name}/{file}") in configs
     }
@@ -113,6 +117,8 @@ def build_tokenizer(name: str, configs: Mapping[str, bytes]) -> CLIPTokenizer:
             f"The files under {name}/ of the model make no CLIP tokenizer ({type(e).__name__}: {e}). "
             "Compare them with the original's."
         ) from e
+    # Without model_max_length in its config, transformers makes this 10^30, which overflows at the first prompt.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens)
     return tokenizer
 
 

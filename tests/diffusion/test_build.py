@@ -1,5 +1,6 @@
 """Building from streamed tensors gives what stock `from_pretrained` gives, or says what is wrong with the model."""
 
+import json
 import logging
 import random
 import socket
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.components import MODULES
+from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import ModelError
 from diffusion.landing import Landing, Problems
 from tests.diffusion.support import (
@@ -77,8 +81,21 @@ def test_the_pipeline_is_ready_to_serve(model):
         for tensor in (*module.parameters(), *module.buffers()):
             assert not tensor.is_meta
             assert not tensor.requires_grad
-    assert pipeline.watermark is None
     assert pipeline.scheduler.config.timestep_spacing == "trailing"
+
+
+def test_images_carry_no_watermark_although_the_package_for_it_is_installed(model, monkeypatch):
+    class Watermarker:
+        """The real one needs a package that is not installed here; diffusers only has to find it."""
+
+    monkeypatch.setattr(pipeline_stable_diffusion_xl, "is_invisible_watermark_available", lambda: 1)
+    monkeypatch.setattr(
+        pipeline_stable_diffusion_xl, "StableDiffusionXLWatermarker", Watermarker, raising=False
+    )
+    plain = StableDiffusionXLPipeline.from_pretrained(model, local_files_only=True)
+    assert isinstance(plain.watermark, Watermarker)
+
+    assert build(model).watermark is None
 
 
 def test_tokenizers_read_as_stock_ones_do(model):
@@ -91,6 +108,25 @@ def test_tokenizers_read_as_stock_ones_do(model):
                 getattr(ours, name)(text, **call).input_ids
                 == getattr(theirs, name)(text, **call).input_ids
             )
+
+
+@pytest.mark.parametrize("stated", [None, 1000])
+def test_a_tokenizer_reads_no_more_tokens_than_its_text_encoder_has_positions(model, stated):
+    # Without the entry, transformers would read 10^30, and every request would fail with an OverflowError.
+    configs = read_configs(model)
+    for name in ("tokenizer", "tokenizer_2"):
+        path = f"{name}/tokenizer_config.json"
+        config = json.loads(configs[path])
+        assert config.pop("model_max_length") == 77
+        config |= {} if stated is None else {"model_max_length": stated}
+        configs[path] = json.dumps(config).encode()
+    engine = Engine(build(model, configs=configs), LIGHTNING)
+
+    request = GenerationRequest(prompt="red " * 100, width=64, height=64, steps=1, seed=3)
+    (generated,) = engine.generate(request)
+
+    (as_published,) = Engine(build(model), LIGHTNING).generate(request)
+    assert generated.image.tobytes() == as_published.image.tobytes()
 
 
 def test_building_never_asks_the_network(model, monkeypatch):
