@@ -59,11 +59,15 @@ class _Frozen(BaseModel):
 
 
 class Source(_Frozen):
-    """Where the weights came from, for provenance and licence."""
+    """Where the weights came from, for provenance and licence.
+
+    `parts` names, as "owner/name@commit", every repo of a model that was put together from several.
+    """
 
     repo: str | None = None
     revision: str | None = None
     licence: str | None = None
+    parts: tuple[str, ...] | None = None
 
 
 class SchedulerRecipe(_Frozen):

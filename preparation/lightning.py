@@ -60,7 +60,12 @@ def plan_lightning(hub: Hub, revision: str | None, jobs: int) -> Plan:
     configs["vae/config.json"] = vae.read("config.json")
     configs["model_index.json"] = json.dumps(index).encode()
 
-    source = Source(repo=lightning.repo_id, revision=lightning.commit, licence=lightning.licence)
+    source = Source(
+        repo=lightning.repo_id,
+        revision=lightning.commit,
+        licence=lightning.licence,
+        parts=tuple(f"{repo.repo_id}@{repo.commit}" for repo in (lightning, base, vae)),
+    )
     native_size = recipe_from_configs(configs, base.label).native_size
     recipe = lightning_recipe(STEPS, source=source).model_copy(update={"native_size": native_size})
     texts = published_texts(index, configs["scheduler/scheduler_config.json"], recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from diffusion.recipe import Source
 from preparation.assemble import is_rewritten
 from preparation.convert import SHARD_LIMIT, TORCH_NAMES, shard_name
 from preparation.plan import Component, Plan
@@ -79,6 +80,14 @@ def describe_outcome(publication: Publication) -> str:
         f"{human_size(publication.total_bytes)} ({len(publication.uploads)} uploaded, "
         f"{human_size(publication.upload_bytes)}{copied})."
     )
+
+
+def describe_source(source: Source | None) -> str | None:
+    """What the model was made of, as its manifest records it; None for a folder that says nothing of it."""
+    if source is None or source.repo is None:
+        return None
+    parts = source.parts or (f"{source.repo}@{source.revision or 'unknown revision'}",)
+    return "\n".join(["Made of:", *(f"  {part}" for part in parts)])
 
 
 def environment_block(settings: StorageSettings, bucket: str, model_path: str) -> str:

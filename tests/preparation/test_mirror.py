@@ -32,6 +32,7 @@ def test_repo_is_mirrored_with_a_recipe_from_its_configs(
         "repo": FINETUNE,
         "revision": commit,
         "licence": "fair-ai-public-license-1.0-sd",
+        "parts": None,
     }
     for component, stem in WEIGHTS.items():
         path = f"{component}/{stem}.safetensors"

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from demo.s3 import EmbeddedS3
 from preparation import Progress, Request, compare, make_plan, prepare, upload
 from preparation.hub import Hub
-from tests.preparation.conftest import LIGHTNING, Models
+from tests.preparation.conftest import BASE, LIGHTNING, VAE, Models
 from tests.support.hub import LoopbackHub
 from weights import Bucket, Publication, find_snapshot
 
@@ -57,6 +57,10 @@ def test_manifest_carries_the_recipe_and_its_source(
     assert snapshot.recipe["scheduler"]["config"] == {"timestep_spacing": "trailing"}
     assert snapshot.recipe["source"]["repo"] == LIGHTNING
     assert snapshot.recipe["source"]["licence"] == "openrail++"
+    assert snapshot.recipe["source"]["parts"] == [
+        f"{repo}@{lightning_hub.repositories[repo].branches['main']}"
+        for repo in (LIGHTNING, BASE, VAE)
+    ]
     paths = {file.path for file in snapshot.files}
     assert "recipe.json" not in paths
     assert not any(Path(path).name.startswith(".") for path in paths)
