@@ -5,6 +5,7 @@ Each step is another module's; this one knows their order, and which failures ar
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from preparation.errors import PreparationError, UsageError
 from preparation.folder import LocalFolder
 from preparation.hub import Hub, HubRepo, is_repo_id
 from preparation.lightning import is_lightning, plan_lightning
+from preparation.lock import claim
 from preparation.plan import Plan, plan_mirror
 from preparation.progress import Progress
 from settings import SettingsError
@@ -61,6 +63,7 @@ class Request:
     revision: str | None = None
     folder: Path = DEFAULT_FOLDER
     jobs: int = DEFAULT_JOBS
+    repair: bool = False
     hub: Hub = field(default_factory=Hub)
 
     @property
@@ -123,14 +126,27 @@ def make_plan(request: Request) -> Plan:
 def check_bucket(bucket: Bucket, model_path: str) -> str | None:
     """Ask the bucket one thing, so that wrong keys or a wrong name show before gigabytes move.
 
-    Returns the version it serves now, if any. Raises `weights.BucketError`.
+    Returns the version it serves now, if any can be told. Raises `weights.BucketError`.
     """
-    return read_latest(bucket, model_path)
+    try:
+        return read_latest(bucket, model_path)
+    except BucketError:
+        raise
+    except WeightsError:
+        return None  # a latest.json that cannot be read is mended by publishing
 
 
 def needs_no_network(plan: Plan) -> bool:
     """Whether every file of the plan is on this disk already, outside any cache."""
     return not any(isinstance(origin, HubRepo) for origin, _ in plan.fetched())
+
+
+def alone(request: Request) -> AbstractContextManager[None]:
+    """To be entered around `prepare` and all that reads what it made: a second run of the same model is refused.
+
+    Raises `PreparationError`.
+    """
+    return claim(request.prepared_folder)
 
 
 def prepare(request: Request, plan: Plan, progress: Progress) -> Prepared:
@@ -155,6 +171,7 @@ def compare(
             bucket,
             request.model_path,
             recipe,
+            repair=request.repair,
             jobs=request.jobs,
             on_bytes=stage.advance,
         )

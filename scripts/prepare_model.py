@@ -25,6 +25,7 @@ from preparation.report import (
     describe_folder,
     describe_outcome,
     describe_publication,
+    describe_source,
     environment_block,
 )
 from settings import StorageSettings, load_storage_settings
@@ -53,6 +54,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
         revision=arguments.revision,
         folder=arguments.destdir,
         jobs=arguments.jobs,
+        repair=arguments.repair,
     )
     settings = load_storage_settings()
     plan = preparation.make_plan(request)
@@ -61,10 +63,13 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
         return
     bucket = Bucket(s3.connect(settings, connections=2 * request.jobs), arguments.bucket)
     preparation.check_bucket(bucket, request.model_path)
-    prepared = preparation.prepare(request, plan, progress)
-    publication = preparation.compare(request, prepared, bucket, progress)
-    preparation.upload(request, publication, progress)
+    with preparation.alone(request):
+        prepared = preparation.prepare(request, plan, progress)
+        publication = preparation.compare(request, prepared, bucket, progress)
+        preparation.upload(request, publication, progress)
     print(describe_outcome(publication))
+    if made_of := describe_source(prepared.recipe.source):
+        print(made_of)
     print("\nThe environment of a deployment:\n")
     print(environment_block(settings, arguments.bucket, request.model_path))
 
@@ -73,18 +78,26 @@ def _show(
     request: Request, plan: Plan, settings: StorageSettings, bucket: str, progress: Progress
 ) -> None:
     """The dry run: with everything on this disk, down to what the bucket lacks; else what would be downloaded."""
-    prepared: Prepared | None
     if preparation.needs_no_network(plan):
-        prepared = preparation.prepare(request, plan, progress)
+        with preparation.alone(request):
+            prepared = preparation.prepare(request, plan, progress)
+            _show_publication(request, prepared, settings, bucket, progress)
+        print("Dry run: nothing was written to the bucket.")
+        print(f"The model was prepared in {prepared.folder}, where it is kept for the real run.")
+        return
+    print(describe_download(plan))
+    if found := preparation.find_already_prepared(request, plan):
+        _show_publication(request, found, settings, bucket, progress)
     else:
-        print(describe_download(plan))
-        prepared = preparation.find_already_prepared(request, plan)
-    if prepared is None:
         print(describe_folder(plan))
-    else:
-        target = Bucket(s3.connect(settings, connections=request.jobs), bucket)
-        print(describe_publication(preparation.compare(request, prepared, target, progress)))
     print("Dry run: nothing was written to the bucket.")
+
+
+def _show_publication(
+    request: Request, prepared: Prepared, settings: StorageSettings, bucket: str, progress: Progress
+) -> None:
+    target = Bucket(s3.connect(settings, connections=request.jobs), bucket)
+    print(describe_publication(preparation.compare(request, prepared, target, progress)))
 
 
 def _parse() -> argparse.Namespace:
@@ -127,9 +140,15 @@ def _parse() -> argparse.Namespace:
         help="downloads, digests or uploads at once (default: %(default)s)",
     )
     parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="send every file again, also those the bucket seems to have: mends objects that were damaged there",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="show what would move, and write nothing to the bucket",
+        help="show what would move, and write nothing to the bucket; of a repo only small config files are "
+        "downloaded, a folder is prepared in --destdir and kept there",
     )
     return parser.parse_args()
 

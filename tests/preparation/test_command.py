@@ -7,13 +7,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from demo.s3 import EmbeddedS3
-from tests.preparation.conftest import FINETUNE, LIGHTNING, SCRIPT, TOKEN, Models, Ran
+from preparation import PreparationError
+from preparation.lock import claim
+from tests.preparation.conftest import (
+    BASE,
+    FINETUNE,
+    LIGHTNING,
+    SCRIPT,
+    TOKEN,
+    VAE,
+    Models,
+    Ran,
+)
 from tests.support.hub import LoopbackHub
-from weights import Bucket
+from weights import Bucket, find_snapshot, read_latest
+from weights.pull import verify
 
 Command = Callable[..., Ran]
 
@@ -28,6 +41,8 @@ def test_lightning_is_published_and_the_deployments_environment_is_printed(
     ran = command(LIGHTNING, bucket.name)
     assert ran.code == 0, ran.err
     assert f"{LIGHTNING}/latest.json" in _keys(bucket)
+    for repo in (LIGHTNING, BASE, VAE):
+        assert f"  {repo}@{lightning_hub.repositories[repo].branches['main']}\n" in ran.out
     # one line a stage where there is no terminal
     stages = [line.split(":")[0] for line in ran.err.splitlines()]
     assert stages == ["Download", "Check", "Convert", "Hash", "Upload"]
@@ -81,14 +96,91 @@ def test_dry_run_of_a_repo_downloads_no_weights_and_touches_no_bucket(
     assert not (tmp_path / "prepared").exists()
 
 
-def test_dry_run_of_a_folder_compares_with_the_bucket_and_writes_nothing(
-    command: Command, bucket: Bucket, models: Models
+def test_dry_run_of_a_folder_compares_with_the_bucket_and_says_what_it_left_on_this_disk(
+    command: Command, bucket: Bucket, models: Models, tmp_path: Path
 ) -> None:
     ran = command(models.full, bucket.name, "--name", "me/model", "--dry-run")
     assert ran.code == 0, ran.err
     assert "upload" in ran.out
     assert "unet/diffusion_pytorch_model.safetensors" in ran.out
     assert _keys(bucket) == []
+    folder = tmp_path / "prepared/me--model"
+    assert f"prepared in {folder}, where it is kept for the real run" in ran.out
+    # and so it is
+    ran = command(models.full, bucket.name, "--name", "me/model")
+    assert f"Already prepared in {folder}" in ran.err
+
+
+def test_second_run_of_the_same_model_at_once_is_refused(
+    command: Command, bucket: Bucket, models: Models, tmp_path: Path
+) -> None:
+    folder = tmp_path / "prepared/me--model"
+    with claim(folder):
+        ran = command(models.full, bucket.name, "--name", "me/model")
+        assert ran.code == 1, ran.err
+        assert f"Another run is preparing this model in {folder}; wait for it" in ran.err
+        assert command(models.full, bucket.name, "--name", "me/other").code == 0
+    # and when the first has ended
+    assert command(models.full, bucket.name, "--name", "me/model").code == 0
+    assert not list((tmp_path / "prepared").glob("*.lock"))
+
+
+def test_run_that_was_killed_locks_nobody_out(tmp_path: Path) -> None:
+    # given the lock of a process that could not put it away
+    holding = (
+        "import sys; from pathlib import Path; from preparation.lock import claim\n"
+        "with claim(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, str(tmp_path / "model")],
+        cwd=SCRIPT.parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        with pytest.raises(PreparationError), claim(tmp_path / "model"):
+            pass
+        child.kill()
+    assert (tmp_path / "model.lock").exists()
+    # when, then
+    with claim(tmp_path / "model"):
+        pass
+    assert not (tmp_path / "model.lock").exists()
+
+
+def test_object_that_was_damaged_in_the_bucket_is_mended_by_repair_alone(
+    command: Command, bucket: Bucket, models: Models, admin: Any
+) -> None:
+    # given a published file with one byte flipped, all that the bucket says of it as it was
+    arguments = (models.full, bucket.name, "--name", "me/model")
+    assert command(*arguments).code == 0
+    (key,) = [key for key in _keys(bucket) if key.endswith("vae/config.json")]
+    found = admin.get_object(Bucket=bucket.name, Key=key)
+    content = bytearray(found["Body"].read())
+    content[-2] ^= 1
+    admin.put_object(Bucket=bucket.name, Key=key, Body=bytes(content), Metadata=found["Metadata"])
+    # when, then
+    ran = command(*arguments)
+    assert ran.code == 0, ran.err
+    assert "Unchanged" in ran.out
+    assert verify(bucket, find_snapshot(bucket, "me/model")).problems
+    # when, then
+    ran = command(*arguments, "--repair")
+    assert ran.code == 0, ran.err
+    assert "0 uploaded" not in ran.out
+    assert not verify(bucket, find_snapshot(bucket, "me/model")).problems
+
+
+def test_latest_that_cannot_be_read_is_mended_by_publishing(
+    command: Command, bucket: Bucket, models: Models
+) -> None:
+    arguments = (models.full, bucket.name, "--name", "me/model")
+    assert command(*arguments).code == 0
+    bucket.put("me/model/latest.json", b"{", content_type="application/json")
+    ran = command(*arguments)
+    assert ran.code == 0, ran.err
+    assert read_latest(bucket, "me/model")
 
 
 def test_gated_repo_is_read_with_the_token_of_the_environment(
