@@ -8,11 +8,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError
 
 from demo.processes import Child, DemoError, Signals, free_port, inherited_environment
 from demo.s3 import EmbeddedS3, Keypair
@@ -63,15 +65,32 @@ class Workplace:
 
 
 def create_buckets(server: EmbeddedS3) -> None:
+    """Raises DemoError when the server does not do it."""
     for bucket in (MODEL_BUCKET, IMAGE_BUCKET):
-        server.create_bucket(bucket)
+        with _told(f"The bucket {bucket}"):
+            server.create_bucket(bucket)
 
 
 def create_keypair(server: EmbeddedS3, user: str) -> Keypair:
-    """A keypair with the rights of `iam/<user>.json`, for the demo's buckets."""
+    """A keypair with the rights of `iam/<user>.json`, for the demo's buckets.
+
+    Raises:
+        DemoError: the server does not make it.
+    """
     policy = json.loads((REPOSITORY / "iam" / f"{user}.json").read_text(encoding="utf-8"))
     filled = fill(policy, model_bucket=MODEL_BUCKET, image_bucket=IMAGE_BUCKET)
-    return server.create_user(user, filled)
+    with _told(f"The keypair {user}"):
+        return server.create_user(user, filled)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        raise DemoError(
+            f"{what} could not be created on the embedded S3 server: {error}"
+        ) from error
 
 
 def build_model(place: Workplace) -> Path:

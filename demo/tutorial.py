@@ -61,13 +61,18 @@ def programs_used() -> str:
     return "the tutorial's curl, as it stands"
 
 
-def send(address: str, environment: dict[str, str]) -> dict[str, Any]:
+def send(
+    address: str, environment: dict[str, str], timeout: float = _REQUEST_TIMEOUT_S
+) -> dict[str, Any]:
     """Send the tutorial's request and return the server's answer.
 
     Raises:
         DemoError: it was not sent, not answered, or answered with anything but a finished prediction.
     """
-    answer = _send_with_curl(address, environment) if shutil.which("curl") else _send(address)
+    with_curl = shutil.which("curl") is not None
+    answer = (
+        _send_with_curl(address, environment, timeout) if with_curl else _send(address, timeout)
+    )
     try:
         prediction: dict[str, Any] = json.loads(answer)
     except ValueError as error:
@@ -78,38 +83,46 @@ def send(address: str, environment: dict[str, str]) -> dict[str, Any]:
     return prediction
 
 
-def _send_with_curl(address: str, environment: dict[str, str]) -> str:
+def _send_with_curl(address: str, environment: dict[str, str], timeout: float) -> str:
     command = curl_command(address)
     if not shutil.which("uuidgen"):
         command = command.replace("$(uuidgen)", str(uuid.uuid4()))
-    done = subprocess.run(
-        ["/bin/sh", "-c", command],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_REQUEST_TIMEOUT_S,
-    )
+    try:
+        done = subprocess.run(
+            ["/bin/sh", "-c", command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DemoError(
+            f"The server at {address} did not answer the request within {timeout:g} s. "
+            "Is the machine busy with something else?"
+        ) from error
     if done.returncode:
         raise DemoError(f"curl ended with exit code {done.returncode}:\n{done.stderr.strip()}")
     return done.stdout
 
 
-def _send(address: str) -> str:
+def _send(address: str, timeout: float) -> str:
     request = urllib.request.Request(
         f"{address}/predictions/{uuid.uuid4()}",
         method="PUT",
         data=_REQUEST.encode(),
         headers={"Content-Type": "application/json"},
     )
-    status, body, _ = fetch(request)
+    status, body, _ = fetch(request, timeout)
     if status >= 500:
         raise DemoError(f"The server answered {status}: {body[:2000].decode(errors='replace')}")
     return body.decode(errors="replace")
 
 
-def fetch(request: urllib.request.Request | str) -> tuple[int, bytes, str]:
+def fetch(
+    request: urllib.request.Request | str, timeout: float = _REQUEST_TIMEOUT_S
+) -> tuple[int, bytes, str]:
     """Status, body and content type; an error status is an answer like any other.
 
     Raises:
@@ -117,7 +130,7 @@ def fetch(request: urllib.request.Request | str) -> tuple[int, bytes, str]:
     """
     url = request if isinstance(request, str) else request.full_url
     try:
-        with _DIRECT.open(request, timeout=_REQUEST_TIMEOUT_S) as response:
+        with _DIRECT.open(request, timeout=timeout) as response:
             return response.status, response.read(), response.headers.get("Content-Type", "")
     except urllib.error.HTTPError as error:
         return error.code, error.read(), error.headers.get("Content-Type", "")

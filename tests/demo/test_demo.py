@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,9 +18,10 @@ import pytest
 from PIL import Image
 
 from demo.__main__ import save
-from demo.processes import DemoError
+from demo.processes import DemoError, inherited_environment
 from demo.s3 import EmbeddedS3
-from demo.tutorial import curl_command, fetch_picture
+from demo.stages import create_buckets, create_keypair
+from demo.tutorial import curl_command, fetch_picture, send
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "DEMO_TEST_MARK"
@@ -159,6 +161,37 @@ def test_failing_setup_is_shown_and_leaves_nothing_running(demo: StartDemo) -> N
     assert "The demo failed. The Cog server's setup failed." in printed
     assert "DEVICE" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("path", ["", None], ids=["python", "curl"])
+def test_server_that_does_not_answer_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    if path is not None:  # without curl
+        monkeypatch.setenv("PATH", path)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(DemoError, match=address):
+            send(address, inherited_environment(), timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (create_buckets, "The bucket model-storage could not be created"),
+        (
+            lambda server: create_keypair(server, "model-runner"),
+            "The keypair model-runner could not be created",
+        ),
+    ],
+)
+def test_s3_server_that_has_died_is_a_failure(
+    make: Callable[[EmbeddedS3], object], message: str
+) -> None:
+    with EmbeddedS3() as server:
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(DemoError, match=message):
+            make(server)
 
 
 def test_image_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
