@@ -27,6 +27,7 @@ MARKER_NAME = ".prepared.json"
 _HEADER_ALLOWANCE = 10_000_000
 _SPACE_MARGIN = 64_000_000
 _LINKED_FROM = 1_000_000  # bytes; smaller files are copied
+_BLOCK = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,16 @@ def _build(
     total = sum(sum(info.size for info in tensors[name]) for name in converted)
     with progress.stage("Convert", total) as stage:
         for component in plan.components:
-            files = [local[id(component.origin), path] for path in component.files]
             if component.name in converted:
                 _convert(component, tensors[component.name], building, shard_limit, stage)
-            else:
-                _take(component, files, tensors[component.name], building)
+    unlinked: list[tuple[Path, Path]] = []
+    for component in plan.components:
+        files = [local[id(component.origin), path] for path in component.files]
+        if component.name not in converted:
+            unlinked += _take(component, files, tensors[component.name], building)
+    with progress.stage("Copy", sum(source.stat().st_size for source, _ in unlinked)) as stage:
+        for source, place in unlinked:
+            _copy(source, place, stage)
     marker = {
         "fingerprint": plan.fingerprint(shard_limit),
         "source": plan.source,
@@ -185,25 +191,40 @@ def _convert(
 
 def _take(
     component: Component, files: list[Path], tensors: list[convert.TensorInfo], building: Path
-) -> None:
-    """Use the files as they are, under the names diffusers looks for when no variant is asked for."""
+) -> list[tuple[Path, Path]]:
+    """Use the files as they are, under the names diffusers looks for when no variant is asked for.
+
+    Returns those that could not be linked, and where they are to be copied to.
+    """
+    unlinked = []
     for number, file in enumerate(files, start=1):
-        name = convert.shard_name(component.stem, number, len(files))
-        _link(file.resolve(), building / component.name / name)
+        target = building / component.name / convert.shard_name(component.stem, number, len(files))
+        if not _link(file.resolve(), target):
+            unlinked.append((file, target))
     if len(files) > 1:
         shards = [[info for info in tensors if info.file == file] for file in files]
         convert.write_index(building / component.name, component.stem, shards, None)
+    return unlinked
 
 
-def _link(source: Path, target: Path) -> None:
-    if source.stat().st_size >= _LINKED_FROM:
-        try:
-            os.link(source, target)
-        except OSError:
-            pass  # another disk, or a file system without links
-        else:
-            return
-    shutil.copyfile(source, target)
+def _link(source: Path, target: Path) -> bool:
+    """Make `target` the file `source`, as a copy if that is small; False where a large one cannot be linked."""
+    if source.stat().st_size < _LINKED_FROM:
+        shutil.copyfile(source, target)
+        return True
+    try:
+        os.link(source, target)
+    except OSError:
+        return False  # another disk, or a file system without links
+    return True
+
+
+def _copy(source: Path, target: Path, stage: Stage) -> None:
+    """In blocks, so that it can be watched and interrupted."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(_BLOCK):
+            writer.write(block)
+            stage.advance(len(block))
 
 
 def _with_dtype(plan: Plan, unet: list[convert.TensorInfo]) -> Recipe:

@@ -23,33 +23,21 @@ class LocalFolder:
         """List the folder, without hidden files and folders.
 
         Raises:
-            UsageError: it is no folder, or a link in it leads out of it.
+            UsageError: it is no folder, or a link in it leads out of it, to a hidden file or to a folder.
+            PreparationError: a folder in it cannot be read.
         """
-        if not path.is_dir():
-            raise UsageError(
-                f"There is no folder {path}. Give a diffusers folder, or OWNER/NAME of a Hub repo."
-            )
-        root = path.resolve()
-        # A snapshot folder of the Hub's own cache consists of links to the blobs beside it.
-        allowed = [root]
-        if root.parent.name == "snapshots":
-            allowed.append(root.parent.parent / "blobs")
-        files: dict[str, int] = {}
-        for folder, folders, names in os.walk(root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if name.startswith("."):
-                    continue
-                file = Path(folder, name)
-                target = file.resolve()
-                if not any(target.is_relative_to(place) for place in allowed):
-                    raise UsageError(
-                        f"{file} is a link that leads out of the folder, to {target}. Copy the file into the folder "
-                        "if it should be published, or remove the link."
-                    )
-                if target.is_file():
-                    files[file.relative_to(root).as_posix()] = target.stat().st_size
-        return cls(root, files)
+        try:
+            if not path.is_dir():
+                raise UsageError(
+                    f"There is no folder {path}. Give a diffusers folder, or OWNER/NAME of a Hub repo."
+                )
+            root = path.resolve()
+            return cls(root, _list(root))
+        except OSError as error:
+            raise PreparationError(
+                f"Listing {path}: {error.strerror or error} ({error.filename or path}). Check its permissions, or take "
+                "out what should not be published."
+            ) from error
 
     @property
     def label(self) -> str:
@@ -81,3 +69,57 @@ class LocalFolder:
     def fingerprint(self, path: str) -> str:
         status = (self.root / path).stat()
         return f"{self.root / path}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _list(root: Path) -> dict[str, int]:
+    places = [root]
+    # A snapshot folder of the Hub's own cache consists of links to the blobs beside it.
+    if root.parent.name == "snapshots":
+        places.append(root.parent.parent / "blobs")
+    files: dict[str, int] = {}
+    for folder, folders, names in os.walk(root, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            _refuse_linked_folder(Path(folder, name))
+        for name in sorted(names):
+            file = Path(folder, name)
+            if not name.startswith(".") and _followed(file, places).is_file():
+                files[file.relative_to(root).as_posix()] = file.stat().st_size
+    return files
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _refuse_linked_folder(folder: Path) -> None:
+    """`os.walk` neither follows such a link nor reports it, so what it leads to would silently be missing."""
+    if folder.is_symlink():
+        raise UsageError(
+            f"{folder} is a link to a folder, {folder.resolve()}, which is not followed. Copy the folder in its place, "
+            "or remove the link."
+        )
+
+
+def _followed(file: Path, places: Iterable[Path]) -> Path:
+    """The file itself, wherever a link leads; refused unless it is there, in one of `places`, and not hidden."""
+    if not file.is_symlink():
+        return file
+    target = file.resolve()
+    place = next((place for place in places if target.is_relative_to(place)), None)
+    if place is None:
+        raise UsageError(
+            f"{file} is a link that leads out of the folder, to {target}. Copy the file into the folder if it should "
+            "be published, or remove the link."
+        )
+    if any(part.startswith(".") for part in target.relative_to(place).parts):
+        raise UsageError(
+            f"{file} is a link to a hidden file, {target}, and hidden files are never published. Copy the file if it "
+            "should be, or remove the link."
+        )
+    if not target.exists():
+        raise UsageError(
+            f"{file} is a link to {target}, which is not there. Is the download or checkout complete? If the file "
+            "is not needed, remove the link."
+        )
+    return target

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from preparation import PreparationError, Request, UsageError, make_plan
+from preparation import PreparationError, Progress, Request, UsageError, make_plan, prepare
 from preparation.folder import LocalFolder
+from preparation.progress import human_size
 from tests.preparation.conftest import Models, Prepare
 from tests.preparation.repositories import write_decoys
 
@@ -119,6 +124,107 @@ def test_link_out_of_the_folder_is_refused(models: Models, own: Own, tmp_path: P
     (folder / "tokenizer/vocab.json").symlink_to(secret)
     with pytest.raises(UsageError, match=r"vocab\.json is a link that leads out of the folder"):
         LocalFolder.open(folder)
+
+
+@pytest.mark.parametrize("place", ["own/elsewhere", "own/full/.hidden", "own/full/vae_old"])
+def test_link_to_a_folder_is_refused(models: Models, own: Own, tmp_path: Path, place: str) -> None:
+    folder = own(models.full)
+    (folder / "vae").rename(tmp_path / place)
+    (folder / "vae").symlink_to(tmp_path / place)
+    with pytest.raises(UsageError, match=r"/full/vae is a link to a folder, .*Copy the folder"):
+        LocalFolder.open(folder)
+
+
+@pytest.mark.parametrize("hidden", [".env", ".git/config"])
+def test_link_to_a_hidden_file_is_refused(models: Models, own: Own, hidden: str) -> None:
+    folder = own(models.full)
+    write_decoys(folder, (hidden,))
+    (folder / "tokenizer/notes.txt").symlink_to(folder / hidden)
+    with pytest.raises(UsageError, match=r"notes\.txt is a link to a hidden file"):
+        LocalFolder.open(folder)
+
+
+def test_link_to_a_file_of_the_folder_is_followed(run: Prepare, models: Models, own: Own) -> None:
+    folder = own(models.full)
+    vocabulary = folder / "tokenizer/vocab.json"
+    vocabulary.rename(folder / "vocabulary.json")
+    vocabulary.symlink_to("../vocabulary.json")
+    published = run(folder, name="me/model").folder / "tokenizer/vocab.json"
+    assert published.read_bytes() == (models.full / "tokenizer/vocab.json").read_bytes()
+    assert not published.is_symlink()
+
+
+def test_link_to_nothing_is_refused(models: Models, own: Own) -> None:
+    folder = own(models.full)
+    (folder / "tokenizer/notes.txt").symlink_to("gone.txt")
+    with pytest.raises(UsageError, match=r"notes\.txt is a link to .*which is not there"):
+        LocalFolder.open(folder)
+
+
+def test_folder_that_cannot_be_read_is_refused(models: Models, own: Own) -> None:
+    # given a folder that nobody can list by its path, not even root, who may read all others
+    folder = own(models.full)
+    place = os.open(folder, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("deep" * 60, dir_fd=place)
+        inner = os.open("deep" * 60, os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(place)
+    # when, then
+    with pytest.raises(PreparationError, match=f"Listing {folder}: File name too long"):
+        LocalFolder.open(folder)
+
+
+def test_weights_that_cannot_be_linked_are_copied_in_a_stage_of_its_own(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a disk across which nothing can be linked (a second one would need root)
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link", source, None, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    shown = io.StringIO()
+    request = Request(str(models.full), name="me/model", folder=tmp_path / "prepared")
+    # when
+    prepared = prepare(request, make_plan(request), Progress(shown)).folder
+    # then
+    weights = sorted(path.relative_to(models.full) for path in models.full.rglob("*.safetensors"))
+    sizes = [(models.full / path).stat().st_size for path in weights]
+    total = sum(size for size in sizes if size >= 1_000_000)
+    assert shown.getvalue().startswith(f"Copy: {human_size(total)} in ")
+    for path in weights:
+        assert (prepared / path).read_bytes() == (models.full / path).read_bytes()
+
+
+def test_copying_can_be_interrupted_and_leaves_nothing_half_done(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a copy during which the person interrupts, when the first block has been counted
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link", source, None, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    request = Request(str(models.full), name="me/model", folder=tmp_path / "prepared")
+    plan = make_plan(request)
+    progress = Progress(_Interrupting())
+    # when
+    with pytest.raises(KeyboardInterrupt), progress.stopping_on_signals():
+        prepare(request, plan, progress)
+    # then
+    assert not list((tmp_path / "prepared").glob("*"))
+
+
+class _Interrupting(io.StringIO):
+    """A terminal before which somebody presses Ctrl-C when they see that copying has begun."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if "Copy:" in text:
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
 
 
 def test_snapshot_in_the_hubs_own_cache_can_be_given_as_a_folder(
