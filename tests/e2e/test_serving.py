@@ -131,5 +131,5 @@ def test_images_are_private_without_the_signature(server):
 
 
 def test_the_setup_log_tells_what_was_loaded_and_how_long_it_took(server, deployment):
-    assert f"loading {MODEL} {version_of(deployment)}" in server.logs
-    assert "ready on cpu (float32)" in server.logs
+    server.wait_for_log(f"loading {MODEL} {version_of(deployment)}")
+    server.wait_for_log("ready on cpu (float32)")
