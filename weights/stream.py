@@ -107,9 +107,8 @@ class ModelStream:
         """Every tensor once, as it lands. Raises WeightsError; what landed before that is then of no use."""
         while (tensor := self._landed.get()) is not None:
             yield tensor
-            del (
-                tensor
-            )  # the consumer may have let go of it; hold on to nothing while waiting for the next
+            # The consumer may have let go of it: hold on to nothing while waiting for the next.
+            del tensor
         self._landed.put(None)  # for whoever asks again
         self._raise_error()
 
