@@ -7,6 +7,7 @@ a request are boto3's own; retries of a broken body are the reader's.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,15 +29,11 @@ NETWORK_ERRORS = (botocore_errors.BotoCoreError, urllib3_errors.HTTPError, OSErr
 # take 16 MiB with it, not 256.
 READ_SIZE = 1024 * 1024
 UNREACHABLE = "Unreachable"  # our code for a request that got no answer at all
-# What reading a body raises when the connection breaks; the request itself is retried by boto3.
-BODY_ERRORS = (
-    botocore_errors.IncompleteReadError,
-    botocore_errors.ReadTimeoutError,
-    botocore_errors.ResponseStreamingError,
-    urllib3_errors.HTTPError,
-)
-BODY_ATTEMPTS = 3  # at a small object
+# At a small object whose body breaks off; the request itself is retried by boto3.
+BODY_ATTEMPTS = 3
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,21 +62,23 @@ class Bucket:
 
         Raises BucketError, and OversizedError when it has more than `limit` bytes.
         """
-        for _ in range(BODY_ATTEMPTS - 1):
-            with self.explained("read", key), contextlib.suppress(*BODY_ERRORS):
-                return self._get_once(key, limit)
-        with self.explained("read", key):
-            return self._get_once(key, limit)
-
-    def _get_once(self, key: str, limit: int) -> bytes:
-        answer = self.client.get_object(Bucket=self.name, Key=key)
-        with contextlib.closing(answer["Body"]) as body:
-            if answer.get("ContentLength", limit) > limit:
-                raise OversizedError(
-                    f"cannot read {self.url(key)}: it has {answer['ContentLength']} bytes where at most {limit} "
-                    "make sense. It is not what it should be: publish the model again"
-                )
-            return body.read()
+        for attempt in range(1, BODY_ATTEMPTS + 1):
+            with self.explained("read", key):
+                answer = self.client.get_object(Bucket=self.name, Key=key)
+                with contextlib.closing(answer["Body"]) as body:
+                    if answer.get("ContentLength", limit) > limit:
+                        raise OversizedError(
+                            f"cannot read {self.url(key)}: it has {answer['ContentLength']} bytes where at most "
+                            f"{limit} make sense. It is not what it should be: publish the model again"
+                        )
+                    try:
+                        return body.read()
+                    except NETWORK_ERRORS as error:
+                        if attempt == BODY_ATTEMPTS:
+                            raise
+                        reason = explain(error)
+            logger.warning("reading %s again: %s", self.url(key), reason.cause)
+        raise AssertionError("the last attempt returns or raises")
 
     def read_range(
         self, key: str, start: int, into: Sequence[memoryview], *, size: int, etag: str | None
