@@ -62,10 +62,6 @@ class Plan:
     recipe: Recipe
     recipe_is_given: bool = False
 
-    @property
-    def weights_bytes(self) -> int:
-        return sum(sum(component.sizes) for component in self.components)
-
     def fetched(self) -> list[tuple[Origin, list[str]]]:
         """Every file to be brought onto this disk, by origin."""
         by_origin: dict[int, tuple[Origin, list[str]]] = {}
