@@ -14,6 +14,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 SKY_VENV := .venv-sky
+BENCH_VENV := .venv-bench
 PY := $(VENV)/bin/python
 NEEDS_311 := import sys; sys.exit(sys.version_info < (3, 11))
 # Without --no-compile pip spends a minute on bytecode of which the first run uses a tenth.
@@ -57,12 +58,16 @@ schema: $(VENV)/.installed ## Write .cog/openapi_schema.json from predict.py
 check: lint types ## Everything .ci/run checks, short of the tests and the demo
 	@$(PY) scripts/generate_schema.py --check
 
+.PHONY: bench
+bench: $(BENCH_VENV)/.installed ## Measure the loader beside its peers; ARGS="--size 256MB --rounds 1" for a look
+	@$(BENCH_VENV)/bin/python benchmarks/weights.py $(ARGS)
+
 .PHONY: install
 install: $(VENV)/.installed ## Only install into .venv
 
 .PHONY: clean
 clean: ## Remove what these commands have made, .venv included
-	rm -rf $(VENV) $(SKY_VENV) .mypy_cache .pytest_cache .ruff_cache demo-output
+	rm -rf $(VENV) $(SKY_VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: python
@@ -87,4 +92,13 @@ $(SKY_VENV)/.installed: requirements-sky.txt
 	@echo "Installing SkyPilot's parser into $(SKY_VENV): about a minute the first time."
 	@test -x $(SKY_VENV)/bin/python || "$(PYTHON)" -m venv $(SKY_VENV)
 	@$(SKY_VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements-sky.txt
+	@touch $@
+
+# The peers bring much that nothing else needs. The .gitignore keeps linters and git out of what they bring.
+$(BENCH_VENV)/.installed: requirements.txt requirements-bench.txt
+	@$(MAKE) --no-print-directory python
+	@echo "Installing the product and its peers into $(BENCH_VENV): several minutes the first time."
+	@test -x $(BENCH_VENV)/bin/python || "$(PYTHON)" -m venv $(BENCH_VENV)
+	@echo '*' > $(BENCH_VENV)/.gitignore
+	@$(BENCH_VENV)/bin/python $(PIP_INSTALL) -r requirements-bench.txt
 	@touch $@

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING
 from cog import BaseRunner, Input, concurrent
 
 from diffusion.errors import DiffusionError
-from diffusion.recipe import Recipe
 from diffusion.request import GenerationRequest
 from diffusion.sizes import size_for
 from images.encode import encode
 from images.errors import ImagesError
 from images.provenance import Provenance
 from images.store import ImageStore
+from loading import Refresher, load
 from s3 import connect
 from settings import RunnerSettings, SettingsError, load_runner_settings
-from weights import Bucket, LandedTensor, ModelStream, WeightsError, open_model
+from weights import WeightsError
+from weights.waterfall import ColdStart
 
 if TYPE_CHECKING:
     from diffusion.engine import Engine, GeneratedImage
@@ -37,7 +38,6 @@ ASPECT_RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3"
 OUTPUT_FORMATS = ["png", "webp", "jpg"]
 
 UPLOAD_CONNECTIONS = 8
-PROGRESS_SECONDS = 2.0  # between two lines about the weights in the setup log
 
 # Their messages stand alone: they say what was being done, to which object, and what to try.
 EXPECTED_ERRORS = (SettingsError, WeightsError, DiffusionError, ImagesError)
@@ -51,7 +51,7 @@ class Runner(BaseRunner):
     settings: RunnerSettings
     engine: Engine
     store: ImageStore
-    model_version: str
+    cold_start: ColdStart
 
     def setup(self) -> None:
         """Stream the weights in, and build the pipeline around them while they arrive.
@@ -60,26 +60,22 @@ class Runner(BaseRunner):
         """
         _log_to_standard_error()
         with _unexpected_errors_logged("setup"):
+            self.cold_start = ColdStart()
             self.settings = load_runner_settings()
-            client = connect(
-                self.settings, connections=self.settings.read_connections + UPLOAD_CONNECTIONS
-            )
+            loaded = load(self.settings, self.cold_start)
+            self.engine = loaded.engine
             self.store = ImageStore(
-                client,
+                connect(self.settings, connections=UPLOAD_CONNECTIONS),
                 self.settings.image_bucket,
                 self.settings.image_prefix,
                 self.settings.image_url_lifetime,
                 self.settings.public_base_url,
             )
-            bucket = Bucket(client, self.settings.model_bucket)
-            with open_model(
-                bucket,
-                self.settings.model_path,
-                self.settings.model_version,
-                connections=self.settings.read_connections,
-            ) as stream:
-                self.model_version = stream.version
-                self.engine = _build_engine(stream, self.settings)
+            self.cold_start.ready()
+            if self.settings.cold_start_folder is not None:
+                self.cold_start.write(self.settings.cold_start_folder)
+            if self.settings.refresh_seconds is not None:
+                Refresher(self.settings, self.engine, self.settings.refresh_seconds).start()
 
     # Two at a time: one request's images are encoded and uploaded while the device works for the other.
     @concurrent(max=2)
@@ -154,6 +150,7 @@ class Runner(BaseRunner):
         cancelled = threading.Event()
         images = self.engine.generate(request, cancelled)
         seeds: list[int] = []
+        version: str | None = None
         timings: dict[str, float] = {}
         uploads: list[asyncio.Task[tuple[str, dict[str, float]]]] = []
         failures: list[BaseException] = []
@@ -161,6 +158,7 @@ class Runner(BaseRunner):
             try:
                 while image := await asyncio.to_thread(next, images, None):
                     seeds.append(image.seed)
+                    version = image.version
                     _add(timings, image.timings)
                     finish = asyncio.to_thread(
                         self._finish,
@@ -191,7 +189,7 @@ class Runner(BaseRunner):
         if failures:
             raise _with_what_was_stored(failures[0], urls)
         self.record_metric("seed", seeds[0])
-        self.record_metric("model_version", self.model_version)
+        self.record_metric("model_version", version)
         for stage, seconds_spent in timings.items():
             self.record_metric(f"timings.{stage}", round(seconds_spent, 4))
         return urls
@@ -216,7 +214,7 @@ class Runner(BaseRunner):
             width=request.width,
             height=request.height,
             model=self.settings.model_path,
-            version=self.model_version,
+            version=image.version or "",
         )
         encoded = encode(image.image, output_format, output_quality, provenance.as_text())
         encoded_at = time.perf_counter()
@@ -228,63 +226,6 @@ class Runner(BaseRunner):
             raise ImagesError(f"{error}. To make it again, send seed {image.seed}") from error
         done = time.perf_counter()
         return stored.url, {"encode": encoded_at - started, "upload": done - encoded_at}
-
-
-def _build_engine(stream: ModelStream, settings: RunnerSettings) -> Engine:
-    """From bytes on the wire to an engine ready to generate."""
-    size = stream.total_bytes / 1e9
-    logger.info("loading %s %s, %.2f GB", settings.model_path, stream.version, size)
-    # The heavy imports, seconds of them, while the bytes flow.
-    from diffusion.build import build_pipeline
-    from diffusion.device import choose_device, choose_dtype
-    from diffusion.engine import Engine
-
-    imported = time.monotonic()
-    device = choose_device(settings.device)
-    dtype = choose_dtype(device, settings.dtype)
-    configs = stream.configs()
-    recipe = (
-        Recipe.from_configs(configs)
-        if stream.recipe is None
-        else Recipe.model_validate(stream.recipe)
-    )
-    pipeline = build_pipeline(
-        configs, _reporting_progress(stream), recipe, device=device, dtype=dtype
-    )
-    built = time.monotonic()
-    engine = Engine(pipeline, recipe)
-    # A card compiles and caches kernels at their first use; on a CPU an image would only delay READY.
-    warm_up = engine.warm_up() if device.type == "cuda" else 0.0
-    logger.info(
-        "ready on %s (%s): weights %.1f s beside imports %.1f s, built after %.1f s, warm-up %.1f s",
-        device,
-        str(dtype).removeprefix("torch."),
-        stream.seconds or 0.0,
-        imported - stream.started,
-        built - stream.started,
-        warm_up,
-    )
-    return engine
-
-
-def _reporting_progress(stream: ModelStream) -> Iterator[LandedTensor]:
-    """The stream's tensors, with a line in the setup log every few seconds."""
-    reported = time.monotonic()
-    for tensor in stream.tensors():
-        yield tensor
-        del tensor  # its memory is its consumer's; a name here would keep it while waiting
-        now = time.monotonic()
-        if now - reported >= PROGRESS_SECONDS:
-            reported = now
-            rate = stream.bytes_read / (now - stream.started)
-            left = (stream.total_bytes - stream.bytes_read) / rate if rate else 0.0
-            logger.info(
-                "weights: %.2f of %.2f GB, %.2f GB/s, %.0f s left",
-                stream.bytes_read / 1e9,
-                stream.total_bytes / 1e9,
-                rate / 1e9,
-                left,
-            )
 
 
 def _with_what_was_stored(failure: BaseException, urls: list[str]) -> BaseException:
@@ -327,5 +268,5 @@ def _unexpected_errors_logged(doing: str) -> Iterator[None]:
 
 def _log_to_standard_error() -> None:
     logging.basicConfig(format="%(message)s")
-    for room in ("predict", "weights", "diffusion", "images"):
+    for room in ("predict", "loading", "weights", "diffusion", "images"):
         logging.getLogger(room).setLevel(logging.INFO)

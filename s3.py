@@ -1,6 +1,7 @@
 """The one place that turns settings into an S3 client, and S3's errors into words a person can act on.
 
-It knows boto3 and nothing of models or images; the rooms hold the client it makes.
+It knows boto3 and nothing of models or images; the rooms hold the client it makes. boto3 takes a second to import, so
+it is imported where it is used: the words for S3's errors serve code that never needs it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import boto3
-from botocore import exceptions as botocore_errors
-from botocore.config import Config
-
-from settings import SettingsError, StorageSettings
-
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+    from settings import StorageSettings
 
 ATTEMPTS = 5
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -43,6 +40,12 @@ def connect(settings: StorageSettings, *, connections: int = 32) -> S3Client:
     them, and the rooms verify what they read and write themselves. Raises SettingsError for an AWS profile that is
     not there.
     """
+    import boto3
+    from botocore import exceptions as botocore_errors
+    from botocore.config import Config
+
+    from settings import SettingsError
+
     style = settings.addressing_style
     if style == "auto":
         style = "path" if settings.endpoint_url else "virtual"
@@ -84,6 +87,13 @@ def content_md5(data: bytes) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
+CERTIFICATE_REFUSED = Explanation(
+    "the server's TLS certificate was not accepted",
+    "Check AWS_ENDPOINT_URL_S3 (https:// or http://?) and the machine's clock and certificates",
+)
+UNREACHED = Explanation(
+    "the server could not be reached", "Check AWS_ENDPOINT_URL_S3 and the machine's network"
+)
 _KEYS_ADVICE = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _BY_CODE = {
     "NoSuchBucket": (
@@ -138,18 +148,28 @@ _SAME_AS = {
 }
 
 
+def usual_code(code: str) -> str:
+    """One name for what servers, and answers without a body, call differently: "404" is NoSuchKey."""
+    return _SAME_AS.get(code, code)
+
+
 def error_code(error: Exception) -> str:
     """S3's code for what went wrong ("NoSuchKey", "AccessDenied", …); "" where the server gave no answer."""
+    from botocore import exceptions as botocore_errors
+
     if not isinstance(error, botocore_errors.ClientError):
         return ""
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    return _SAME_AS.get(code, code)
+    return usual_code(str(error.response.get("Error", {}).get("Code", "")))
 
 
 def explain(error: Exception) -> Explanation:
     """Put an error of boto3, botocore or the connection below into words: what happened, what to try."""
+    from botocore import exceptions as botocore_errors
+
     if isinstance(error, botocore_errors.ClientError):
-        return _explain_answer(error)
+        details = error.response.get("Error", {})
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", "no status")
+        return explain_answer(error_code(error), status, details.get("Message", ""))
     if isinstance(
         error, (botocore_errors.NoCredentialsError, botocore_errors.PartialCredentialsError)
     ):
@@ -158,17 +178,11 @@ def explain(error: Exception) -> Explanation:
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role",
         )
     if isinstance(error, botocore_errors.SSLError):
-        return Explanation(
-            "the server's TLS certificate was not accepted",
-            "Check AWS_ENDPOINT_URL_S3 (https:// or http://?) and the machine's clock and certificates",
-        )
+        return CERTIFICATE_REFUSED
     if isinstance(
         error, (botocore_errors.EndpointConnectionError, botocore_errors.ConnectTimeoutError)
     ):
-        return Explanation(
-            "the server could not be reached",
-            "Check AWS_ENDPOINT_URL_S3 and the machine's network",
-        )
+        return UNREACHED
     # Its type and no more: the text of an error from below may quote a header, and with it a credential.
     return Explanation(
         f"the connection failed ({type(error).__name__})",
@@ -176,14 +190,12 @@ def explain(error: Exception) -> Explanation:
     )
 
 
-def _explain_answer(error: botocore_errors.ClientError) -> Explanation:
-    code = error_code(error)
+def explain_answer(code: str, status: int | str, message: str) -> Explanation:
+    """Put an error that the server answered into words; `code` as `usual_code` gives it."""
     if code in _BY_CODE:
         cause, advice = _BY_CODE[code]
         return Explanation(cause, advice)
-    details = error.response.get("Error", {})
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", "no status")
     return Explanation(
-        f"the server answered {code or 'an error'} ({status}): {details.get('Message', 'no message')}",
+        f"the server answered {code or 'an error'} ({status}): {message or 'no message'}",
         "Try again; if it stays, look the code up with your storage provider",
     )

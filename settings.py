@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -72,6 +73,12 @@ def _http_url(value: str) -> str:
     if url.username or url.password or url.query or url.fragment:
         raise ValueError("must not carry a user, a password, a query or a fragment")
     return value.rstrip("/")
+
+
+def _absolute(value: Path) -> Path:
+    if not value.is_absolute():
+        raise ValueError("must be an absolute path")
+    return value
 
 
 def _without_spaces(value: str) -> str:
@@ -208,14 +215,62 @@ class RunnerSettings(StorageSettings):
         "float16",
         default="auto",
     )
-    read_connections: int = _variable(
+    read_connections: int | None = _variable(
         "MODEL_READ_CONNECTIONS",
-        "how many connections read weights at once",
+        "pins how many connections read weights at once; without it, as many as pay",
         "16",
-        default=16,
+        default=None,
         ge=1,
         le=256,
     )
+    reader: Literal["auto", "thread", "process"] = _variable(
+        "MODEL_READER",
+        "where weights are read: in threads of the server, in a process beside it, or where it is fastest",
+        "process",
+        default="auto",
+    )
+    ring_mib: int = _variable(
+        "MODEL_RING_MIB",
+        "MiB of pinned host memory that weights pass through on their way to a card",
+        "512",
+        default=512,
+        ge=32,
+        le=65536,
+    )
+    cache_folder: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+        "MODEL_CACHE_DIR",
+        "a folder on this machine's own disk that keeps weights for the next start, shared by all replicas here",
+        "/var/cache/models",
+        default=None,
+    )
+    cache_gb: float | None = _variable(
+        "MODEL_CACHE_GB",
+        "how many GB the cache may take; the models used least recently make room",
+        "100",
+        default=None,
+        gt=0,
+    )
+    refresh_seconds: float | None = _variable(
+        "MODEL_REFRESH_SECONDS",
+        "how often to ask whether another version was published, and to serve it from then on",
+        "60",
+        default=None,
+        ge=1,
+    )
+    cold_start_folder: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+        "COLD_START_DIR",
+        "a folder to leave the timeline of the start in, as cold-start.json and cold-start.svg",
+        "/var/log/cold-start",
+        default=None,
+    )
+
+    @model_validator(mode="after")
+    def _no_refresh_of_a_pinned_version(self) -> RunnerSettings:
+        if self.refresh_seconds is not None and self.model_version is not None:
+            raise ValueError(
+                "MODEL_REFRESH_SECONDS makes no sense with MODEL_VERSION, which pins one version: unset one of them."
+            )
+        return self
 
     @model_validator(mode="after")
     def _lifetime_within_the_provider_s_limit(self) -> RunnerSettings:

@@ -32,7 +32,7 @@ def build_pipeline(
     recipe: Recipe,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> StableDiffusionXLPipeline:
     """The pipeline that stock `from_pretrained` would give, on `device` in `dtype`, with the recipe's scheduler.
 
@@ -40,6 +40,7 @@ def build_pipeline(
         configs: every file of the model that is not weights, by its path in the diffusers folder.
         tensors: in any order, components interleaved. Each is let go as soon as it is in place, so the peak is the
             model and one tensor.
+        dtype: None leaves every tensor as its file holds it.
 
     Raises `ModelError` when a config asks for what is not supported, or tensors are missing, unexpected or misshapen.
     Whatever `tensors` itself raises passes through.
@@ -71,10 +72,10 @@ def _land(
     tensors: Iterable[LandedTensor],
     modules: Mapping[str, nn.Module],
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> None:
     landings = {
-        name: Landing(name, module, device=device, dtype=_dtype_of(module, dtype))
+        name: Landing(name, module, device=device, dtype=module_dtype(module, dtype))
         for name, module in modules.items()
     }
     problems = Problems()
@@ -93,7 +94,8 @@ def _land(
     problems.raise_if_any()
 
 
-def _dtype_of(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+def module_dtype(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    """What a module's tensors become in a pipeline of `dtype`."""
     # SDXL's own VAE overflows in float16 and says so. Stock diffusers casts it to float32 and back for every decode;
     # keeping it there costs 170 MB and nothing per image. From a float16 file it decodes to the same pixels; from a
     # float32 one it keeps the bits that stock rounds away while loading.

@@ -1,4 +1,4 @@
-"""Which device to run on, and in which dtype: what was asked for, or the best this machine has."""
+"""Which device to run on, and in which dtype: what was asked for, or the best this machine has. And when it is full."""
 
 import torch
 
@@ -55,6 +55,12 @@ def choose_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
             f"bfloat16 was asked for, but {torch.cuda.get_device_name(device)} only emulates it; use auto or float16."
         )
     return _DTYPES[asked]
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator and cuBLAS have no error class of their own for it.
+    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

@@ -15,8 +15,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
+from diffusion.device import ran_out_of_memory
 from diffusion.errors import NonFiniteError, OutOfMemoryError
+from diffusion.gate import Gate
 from diffusion.recipe import Recipe
+from diffusion.refresh import Staged, one_refresh_at_a_time, take_over
 from diffusion.request import GenerationRequest, Plan, plan
 from diffusion.turns import Turns
 
@@ -30,7 +33,7 @@ class GeneratedImage:
     """One image, what made it, and the seconds each stage took.
 
     Stages: "wait" for the device, "prompt" (0 but for a request's first image, whose embeddings the others share),
-    "denoise", "decode".
+    "denoise", "decode". `version` is the model's that made it: another may serve by the time somebody asks.
     """
 
     image: Image.Image
@@ -38,6 +41,7 @@ class GeneratedImage:
     steps: int
     guidance_scale: float
     timings: dict[str, float]
+    version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,65 +58,136 @@ class _CancelledError(Exception):
     """Nobody waits for the image any more. Never leaves the engine: the iterator ends."""
 
 
-class Engine:
-    """Generates images on one device, for any number of threads, one image at a time and first come, first served."""
+@dataclass(frozen=True)
+class _Model:
+    """One version, whole: who holds this has parts that belong together."""
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, recipe: Recipe) -> None:
-        self._pipeline = pipeline
-        self._recipe = recipe
+    pipeline: StableDiffusionXLPipeline
+    recipe: Recipe
+    version: str | None
+
+    def plan(self, request: GenerationRequest) -> Plan:
+        halvings = len(self.pipeline.unet.config.block_out_channels) - 1
+        multiple = self.pipeline.vae_scale_factor * 2**halvings
+        return plan(request, self.recipe, size_multiple=multiple)
+
+
+class Engine:
+    """Generates images on one device, for any number of threads, one image at a time and first come, first served.
+
+    `version` names the model that the pipeline was built from; whatever name is given, every image carries it.
+    """
+
+    def __init__(
+        self, pipeline: StableDiffusionXLPipeline, recipe: Recipe, version: str | None = None
+    ) -> None:
+        self._model = _Model(pipeline, recipe, version)
         self._device: torch.device = pipeline.unet.device
+        self._dtype: torch.dtype = pipeline.unet.dtype
+        self._gate = Gate()
         self._turns = Turns()
-        halvings = len(pipeline.unet.config.block_out_channels) - 1
-        self._size_multiple: int = pipeline.vae_scale_factor * 2**halvings
 
     @property
     def recipe(self) -> Recipe:
-        return self._recipe
+        return self._model.recipe
+
+    @property
+    def version(self) -> str | None:
+        """The version that serves now. A `GeneratedImage` says which one made it."""
+        return self._model.version
+
+    @property
+    def _pipeline(self) -> StableDiffusionXLPipeline:
+        return self._model.pipeline
 
     def generate(
         self, request: GenerationRequest, cancelled: Event | None = None
     ) -> Iterator[GeneratedImage]:
-        """The request's images, each made when it is asked for.
+        """The request's images, each made when it is asked for, and all by one version of the model.
 
         Args:
             cancelled: set it, from any thread, when nobody waits for the images any more. The iterator then ends
                 without a further image: at once when its turn comes, or after the denoising step it is in.
 
         The request is checked at once, before the first image: `RequestError` says what this checkpoint cannot do.
-        While iterating, `OutOfMemoryError` and `NonFiniteError` end the request and leave the engine able.
+        While iterating, `OutOfMemoryError` and `NonFiniteError` end the request and leave the engine able; and where
+        another version took over before the first image, `RequestError` says what that one cannot do.
+
+        From its first image until before its last the iterator keeps the model from being replaced. Ask it for all of
+        them, or drop or `close()` it; and begin no other iterator on the same thread while it is halfway.
         """
-        asked = plan(request, self._recipe, size_multiple=self._size_multiple)
-        return self._images(asked, cancelled or Event())
+        model = self._model
+        return self._images(request, model, model.plan(request), cancelled or Event())
+
+    def replace(self, staged: Staged, *, patience: float = 600.0) -> float:
+        """Serve another version from now on; returns the seconds for which new requests had to wait.
+
+        Requests under way end with the version they began with, and those that come meanwhile wait for the new one.
+        Where shapes stay the same its tensors lie where the old ones lay (see `take_over`).
+
+        Raises `BusyError` when requests under way are not done after `patience` seconds, and `ModelError` when the
+        device has no room for a part that changed. The old version then goes on serving.
+        """
+        with one_refresh_at_a_time:
+            closed = time.perf_counter()
+            with self._gate.exclusive(patience):
+                begun = time.perf_counter()
+                old = self._model
+                take_over(staged, old.pipeline, device=self._device, dtype=self._dtype)
+                self._model = _Model(staged.pipeline, staged.recipe, staged.version)
+                done = time.perf_counter()
+        logger.info(
+            "Version %s took over from %s in %.2f s, after %.2f s for the requests under way.",
+            staged.version,
+            old.version,
+            done - begun,
+            begun - closed,
+        )
+        return done - closed
 
     def warm_up(self) -> float:
         """Generate one image at the native size, so that no caller pays for the first use; returns the seconds."""
         started = time.perf_counter()
+        recipe = self.recipe
         request = GenerationRequest(
             prompt="warm-up",
-            width=self._recipe.native_size,
-            height=self._recipe.native_size,
+            width=recipe.native_size,
+            height=recipe.native_size,
             # One step runs every kernel there is, where the checkpoint can do one.
-            steps=1 if self._recipe.steps is None else min(self._recipe.steps),
+            steps=1 if recipe.steps is None else min(recipe.steps),
             seed=0,
         )
         for _ in self.generate(request):
             pass
         return time.perf_counter() - started
 
-    def _images(self, plan: Plan, cancelled: Event) -> Iterator[GeneratedImage]:
+    def _images(
+        self, request: GenerationRequest, model: _Model, plan: Plan, cancelled: Event
+    ) -> Iterator[GeneratedImage]:
         embeddings: _Embeddings | None = None
-        for seed in plan.seeds:
-            asked = time.perf_counter()
-            try:
-                # A turn is one image, not one request: between two of ours, others get theirs.
-                with self._turns:
-                    timings = {"wait": time.perf_counter() - asked, "prompt": 0.0}
-                    _stop_if(cancelled, f"seed {seed} was not begun")
-                    image, embeddings = self._image(plan, seed, embeddings, timings, cancelled)
-            except _CancelledError as reason:
-                logger.info("Cancelled: %s.", reason)
-                return
-            yield GeneratedImage(image, seed, plan.steps, plan.guidance_scale, timings)
+        asked = time.perf_counter()
+        try:
+            with self._gate.shared():
+                if model is not self._model:
+                    model = self._model
+                    plan = model.plan(request)
+                for seed in plan.seeds:
+                    # A turn is one image, not one request: between two of ours, others get theirs.
+                    with self._turns:
+                        timings = {"wait": time.perf_counter() - asked, "prompt": 0.0}
+                        _stop_if(cancelled, f"seed {seed} was not begun")
+                        image, embeddings = self._image(plan, seed, embeddings, timings, cancelled)
+                    made = GeneratedImage(
+                        image, seed, plan.steps, plan.guidance_scale, timings, model.version
+                    )
+                    if seed != plan.seeds[-1]:
+                        yield made
+                        asked = time.perf_counter()
+        except _CancelledError as reason:
+            logger.info("Cancelled: %s.", reason)
+            return
+        # The last one goes out with the gate given back, since many a caller never asks whether there are more.
+        yield made
 
     def _image(
         self,
@@ -132,7 +207,7 @@ class Engine:
                 with self._timed(timings, "decode"):
                     return self._decode(latents, seed), embeddings
         except RuntimeError as error:
-            if not _ran_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
         # Only here, with the exception gone, are its frames and their tensors gone too, and their memory to be had.
@@ -233,12 +308,6 @@ class Engine:
 def _stop_if(cancelled: Event, state: str) -> None:
     if cancelled.is_set():
         raise _CancelledError(state)
-
-
-def _ran_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator and cuBLAS have no error class of their own for it.
-    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _explain_non_finite(latents: torch.Tensor, vae_dtype: torch.dtype, seed: int) -> str:

@@ -21,5 +21,9 @@ class OutOfMemoryError(DiffusionError):
     """The device ran out of memory on one image. What it took is freed, and the engine goes on."""
 
 
+class BusyError(DiffusionError):
+    """Requests under way kept the model for too long for it to be replaced. It goes on serving; try again later."""
+
+
 class NonFiniteError(DiffusionError):
     """An image came out as NaN or infinity, which would have been shown as plain black."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 from diffusion.errors import ModelError
 
 # As the safetensors format spells them. Scaled formats (fp8 and below) mean nothing without their scales.
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,7 +32,10 @@ _NAMED = 3  # examples of each problem in a message
 
 
 class LandedTensor(Protocol):
-    """One tensor in memory, as the weights room hands it over. `data` belongs to whoever takes it."""
+    """One tensor as the weights room hands it over; `data` belongs to whoever takes it.
+
+    It is a buffer in the host's memory, or a tensor where its bytes went to the device as they came.
+    """
 
     @property
     def path(self) -> str: ...
@@ -43,18 +46,29 @@ class LandedTensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def data(self) -> bytearray | memoryview: ...
+    def data(self) -> Any: ...
 
 
 @dataclass
-class _Slot:
+class Slot:
     """A place in a module for one tensor."""
 
     owner: nn.Module
     attribute: str
     shape: torch.Size
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # of a floating tensor; None: whatever it came in
     filled_from: str | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        tensor: torch.Tensor = getattr(self.owner, self.attribute)
+        return tensor
+
+    @property
+    def final_dtype(self) -> torch.dtype:
+        """What the tensor that is here now is to become."""
+        floating = self.tensor.is_floating_point()
+        return self.dtype if floating and self.dtype is not None else self.tensor.dtype
 
     def fill(self, tensor: torch.Tensor) -> None:
         if isinstance(getattr(self.owner, self.attribute), nn.Parameter):
@@ -94,15 +108,23 @@ class Problems:
 
 
 class Landing:
-    """One module waiting for its tensors; `device` and `dtype` are what they become (integers keep their type)."""
+    """One module waiting for its tensors; `device` and `dtype` are what they become.
+
+    Integers keep their type, and with None all do.
+    """
 
     def __init__(
-        self, folder: str, module: nn.Module, *, device: torch.device, dtype: torch.dtype
+        self,
+        folder: str,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
     ) -> None:
         self._folder = folder
         self._device = device
         self._module = module
-        self._slots = dict(_slots(module, dtype))
+        self._slots = dict(slots(module, dtype))
         # Older files carry CLIP's position ids, which newer modules compute: expected, and not needed.
         self._computed = {name for name, _ in module.named_buffers()} - self._slots.keys()
         self._aliases = _aliases(module, self._slots.keys() | self._computed)
@@ -122,10 +144,11 @@ class Landing:
             problems.misshapen.append(
                 f"{place} is {list(landed.shape)}, its config wants {list(slot.shape)}"
             )
-        elif landed.dtype not in _DTYPES:
+        elif landed.dtype not in DTYPES:
             problems.misshapen.append(f"{place} is {landed.dtype}, which is not supported")
         else:
-            slot.fill(_on_device(landed, place, self._device, slot.dtype))
+            dtype = slot.dtype or DTYPES[landed.dtype]
+            slot.fill(_on_device(landed, place, self._device, dtype))
             slot.filled_from = landed.path
 
     def finish(self, problems: Problems) -> None:
@@ -133,19 +156,26 @@ class Landing:
         for name, slot in self._slots.items():
             if slot.filled_from is None:
                 problems.missing.append(f"{self._folder}/: {name}")
-        for module in self._module.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_meta:
-                    setattr(module, name, buffer.to(self._device))
+        move_buffers(self._module, self._device)
 
 
-def _slots(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, _Slot]]:
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Bring the buffers that a module's constructor computed to the device; no file holds them."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(part, name, buffer.to(device))
+
+
+def slots(module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Slot]]:
+    """Every place for a tensor in a module, by the name its class gives it, for a pipeline of `dtype`."""
     # What a class keeps in float32 whatever it is loaded as, by the name of any part of the path (as diffusers does).
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     for name, tensor in module.state_dict().items():
         parent, _, attribute = name.rpartition(".")
-        slot_dtype = torch.float32 if kept & set(name.split(".")) else dtype
-        yield name, _Slot(module.get_submodule(parent), attribute, tensor.shape, slot_dtype)
+        keep = dtype is not None and kept & set(name.split("."))
+        slot_dtype = torch.float32 if keep else dtype
+        yield name, Slot(module.get_submodule(parent), attribute, tensor.shape, slot_dtype)
 
 
 def _aliases(module: nn.Module, names: Set[str]) -> dict[str, str]:
@@ -176,8 +206,10 @@ def _on_device(
 
     On the CPU in the file's own dtype it stays in the reader's memory, so that loading needs no second copy.
     """
+    if isinstance(landed.data, torch.Tensor):  # on its device already, see arrival
+        return landed.data.to(dtype) if landed.data.is_floating_point() else landed.data
     try:
-        tensor = torch.frombuffer(landed.data, dtype=_DTYPES[landed.dtype]).view(landed.shape)
+        tensor = torch.frombuffer(landed.data, dtype=DTYPES[landed.dtype]).view(landed.shape)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"The bytes of {place} are not {list(landed.shape)} numbers of {landed.dtype} ({error}). "

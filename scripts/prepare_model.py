@@ -16,7 +16,6 @@ sys.path.insert(
 )  # the rooms, from wherever this is run
 
 import preparation
-import s3
 from preparation import Progress, Request
 from preparation.assemble import Prepared
 from preparation.plan import Plan
@@ -61,7 +60,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
     if arguments.dry_run:
         _show(request, plan, settings, arguments.bucket, progress)
         return
-    bucket = Bucket(s3.connect(settings, connections=2 * request.jobs), arguments.bucket)
+    bucket = Bucket(settings, arguments.bucket, connections=2 * request.jobs)
     preparation.check_bucket(bucket, request.model_path)
     with preparation.alone(request):
         prepared = preparation.prepare(request, plan, progress)
@@ -96,7 +95,7 @@ def _show(
 def _show_publication(
     request: Request, prepared: Prepared, settings: StorageSettings, bucket: str, progress: Progress
 ) -> None:
-    target = Bucket(s3.connect(settings, connections=request.jobs), bucket)
+    target = Bucket(settings, bucket, connections=request.jobs)
     print(describe_publication(preparation.compare(request, prepared, target, progress)))
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from s3 import connect
 from settings import (
     SettingsError,
     check_bucket_name,
@@ -25,10 +24,11 @@ from weights.bucket import Bucket
 from weights.digests import Progress
 from weights.errors import WeightsError
 from weights.listing import list_models, list_versions
-from weights.publish import activate
-from weights.pull import pull, verify
+from weights.options import ReadOptions
+from weights.publishing import activate
+from weights.pull import DEFAULT_CONNECTIONS, pull, verify
 from weights.snapshot import Snapshot, find_snapshot
-from weights.stream import DEFAULT_CONNECTIONS, ModelStream
+from weights.stream import ModelStream
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise SettingsError(
                 "no bucket given: name it with --bucket, or set MODEL_BUCKET_NAME. Example: --bucket model-storage"
             )
-        client = connect(settings, connections=options.connections)
-        result: int = options.command(Bucket(client, name), options)
+        bucket = Bucket(settings, name, connections=options.connections)
+        result: int = options.command(bucket, options)
     except SettingsError as error:
         return _fail(options, error, USAGE)
     except WeightsError as error:
@@ -150,7 +150,9 @@ def _ls(bucket: Bucket, options: argparse.Namespace) -> int:
 def _load(bucket: Bucket, options: argparse.Namespace) -> int:
     snapshot = _snapshot(bucket, options)
     tensors = 0
-    with ModelStream(bucket, snapshot, connections=options.connections) as stream:
+    with ModelStream(
+        bucket, snapshot, options=ReadOptions(connections=options.connections)
+    ) as stream:
         stream.configs()
         with _progress(options, "load", snapshot.total_bytes) as on_bytes:
             seen = 0

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from weights.manifest import CHUNK_SIZE, FileEntry
+from weights.chunks import CHUNK_SIZE
+from weights.manifest import FileEntry
 
 Progress = Callable[[int], None]
 

@@ -12,14 +12,24 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from weights.chunks import CHUNK_SIZE, chunk_count
 from weights.errors import ManifestError
 
 FORMAT: Final = "lightning-in-a-bucket/manifest/1"
-CHUNK_SIZE: Final = 16777216  # 16 MiB in bytes; the unit of reading and of verification
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest.json"
+RECIPE_DEPTH = 64  # levels; pydantic writes no more than 255, and json follows about 990
+PROBLEM_LENGTH = 1000  # characters; what is wrong may be 64 MB long
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _VERSION = re.compile(r"[0-9a-f]{32}")
 
@@ -39,6 +49,7 @@ def check_path(path: str) -> str:
     parts = path.split("/")
     if (
         not path
+        or len(path) > 512
         or any(part in ("", ".", "..") for part in parts)
         or any(ord(character) < 32 or character in '\\:*?"<>|' for character in path)
         or len(path.encode()) > 512
@@ -60,18 +71,50 @@ def _check_publishable(path: str) -> str:
     return path
 
 
+def _check_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return `recipe` if it can be written as JSON and read back the same, else raise ValueError."""
+    level: list[Any] = [recipe]
+    for _ in range(RECIPE_DEPTH):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise ValueError(f"is nested more than {RECIPE_DEPTH} levels deep")
+    # Neither NaN nor a lone surrogate is JSON, though Python's parser takes both.
+    json.dumps(recipe, allow_nan=False, ensure_ascii=False).encode()
+    return recipe
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class FileEntry(BaseModel):
+class _Fields(BaseModel):
+    """Fields as published: none may be added, and none changed later."""
+
+    model_config = ConfigDict(frozen=True)
+
+    # pydantic's own extra="forbid" describes every one, and a manifest has room for millions.
+    @model_validator(mode="before")
+    @classmethod
+    def _no_more_than_these(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            for name in fields:
+                if name not in cls.model_fields:
+                    raise ValueError(f"{name!r} does not belong there")
+        return fields
+
+
+class FileEntry(_Fields):
     """One file: its path inside the model, its size in bytes, its SHA-256, and the BLAKE3 of every chunk."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     path: Annotated[str, AfterValidator(_check_publishable)]
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, strict=True)
     sha256: HexDigest
-    chunks: tuple[HexDigest, ...]
+    chunks: Annotated[tuple[HexDigest, ...], FailFast()]
 
     @model_validator(mode="after")
     def _one_digest_a_chunk(self) -> FileEntry:
@@ -88,21 +131,14 @@ def _parents(path: str) -> list[str]:
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
-def chunk_count(size: int) -> int:
-    """How many chunks a file of `size` bytes has; the last one may be short."""
-    return -(-size // CHUNK_SIZE)
-
-
-class Manifest(BaseModel):
+class Manifest(_Fields):
     """What one immutable version of a model holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["lightning-in-a-bucket/manifest/1"] = FORMAT
     version: str = Field(pattern=r"^[0-9a-f]{32}$")
     chunk_size: Literal[16777216] = CHUNK_SIZE
-    files: tuple[FileEntry, ...] = Field(min_length=1)
-    recipe: dict[str, Any]
+    files: Annotated[tuple[FileEntry, ...], FailFast()] = Field(min_length=1)
+    recipe: Annotated[dict[str, Any], AfterValidator(_check_recipe)]
 
     @model_validator(mode="after")
     def _is_what_was_published(self) -> Manifest:
@@ -139,7 +175,12 @@ def make_manifest(files: Iterable[FileEntry], recipe: Mapping[str, Any]) -> Mani
     """Put files and recipe together under the name their content gives them. Raises ManifestError."""
     ordered = tuple(sorted(files, key=lambda entry: entry.path))
     # Through JSON and back: what is hashed is what a reader will see, whatever types the caller used.
-    plain_recipe = json.loads(json.dumps(recipe))
+    try:
+        plain_recipe = _check_recipe(json.loads(json.dumps(recipe)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ManifestError(
+            f"the recipe to publish cannot be written as JSON: {error}. Give it plain values"
+        ) from None
     fields = {
         "version": derive_version(ordered, plain_recipe),
         "files": ordered,
@@ -197,7 +238,8 @@ def _validated(fields: Mapping[str, Any], where: str) -> Manifest:
 def _problem(detail: Any) -> str:
     place = ".".join(str(part) for part in detail["loc"])
     message = str(detail["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
+    problem = f"{place}: {message}" if place else message
+    return problem if len(problem) <= PROBLEM_LENGTH else f"{problem[:PROBLEM_LENGTH]}…"
 
 
 def _canonical(value: Any) -> bytes:

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from weights.bucket import Bucket
+from weights.chunks import CHUNK_SIZE, Chunk, SnapshotFile
+from weights.counters import Counters
 from weights.digests import Progress, describe_file
 from weights.errors import (
     BucketError,
@@ -23,11 +25,12 @@ from weights.errors import (
     ObjectChangedError,
     WeightsError,
 )
-from weights.manifest import CHUNK_SIZE, MANIFEST_NAME, dump_manifest, parse_manifest
+from weights.flight import Flight, Route
+from weights.manifest import MANIFEST_NAME, dump_manifest, parse_manifest
 from weights.parallel import run_all
-from weights.reader import ChunkReader
-from weights.snapshot import Chunk, Snapshot, SnapshotFile
-from weights.stream import DEFAULT_CONNECTIONS
+from weights.snapshot import Snapshot
+
+DEFAULT_CONNECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -228,9 +231,11 @@ class _Reading:
 
     def __init__(self, bucket: Bucket, connections: int) -> None:
         self.stopped = threading.Event()
-        self._reader = ChunkReader(bucket, self.stopped)
+        self._memory = _OwnMemory()
+        self._route = Route(bucket.reader, self._memory, Counters())
         self._connections = connections
-        self._memory = threading.local()
+        self._flights: set[Flight] = set()
+        self._lock = threading.Lock()
 
     def each(self, chunks: Iterable[Chunk], task: Callable[[Chunk], None]) -> None:
         """Run `task` for every chunk; after the first failure none is begun."""
@@ -238,13 +243,52 @@ class _Reading:
             [partial(task, chunk) for chunk in chunks],
             self._connections,
             name="weights",
-            on_failure=self.stopped.set,  # no chunk is tried again
+            on_failure=self._stop,
         )
 
     def read(self, chunk: Chunk) -> memoryview:
         """The chunk's verified bytes, in memory that this thread's next chunk takes."""
-        if not hasattr(self._memory, "chunk"):
-            self._memory.chunk = memoryview(bytearray(CHUNK_SIZE))
-        data: memoryview = self._memory.chunk[: chunk.length]
-        self._reader.read(chunk, [data])
+        flight = Flight(self._route, [chunk])
+        with self._lock:
+            self._flights.add(flight)
+            if self.stopped.is_set():
+                flight.abort()
+        try:
+            flight.run()
+        finally:
+            with self._lock:
+                self._flights.remove(flight)
+        return self._memory.of(chunk)
+
+    def _stop(self) -> None:
+        """No chunk is tried again, and nobody waits for one."""
+        self.stopped.set()
+        with self._lock:
+            flights = list(self._flights)
+        for flight in flights:
+            flight.abort()
+
+
+class _OwnMemory:
+    """A sink of one chunk a thread."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+
+    def of(self, chunk: Chunk) -> memoryview:
+        if not hasattr(self._own, "chunk"):
+            self._own.chunk = memoryview(bytearray(CHUNK_SIZE))
+        data: memoryview = self._own.chunk[: chunk.length]
         return data
+
+    def room(self, chunk: Chunk, offset: int) -> memoryview:
+        return self.of(chunk)[offset:]
+
+    def filled(self, chunk: Chunk, offset: int, count: int) -> None:
+        """Nothing to do: the bytes are where they belong."""
+
+    def landed(self, chunk: Chunk) -> None:
+        """Nothing to do: whoever asked for the chunk takes it from here."""
+
+    def leave(self) -> None:
+        """Nothing to do: a thread's memory goes with it."""

@@ -7,10 +7,10 @@ JSON, then the tensors' bytes without holes. Nothing here touches the tensors th
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from weights.errors import CorruptObjectError
 
@@ -30,6 +30,11 @@ DTYPE_BYTES: Mapping[str, int] = {
     "U8": 1,
     "BOOL": 1,
 }
+
+# What a header claims, as far as a message should repeat it: a name may be 100 MB long.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_brief = _REPR.repr
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,28 @@ def parse_header(header: bytes | memoryview, where: str, size: int) -> tuple[Ten
 
     Raises CorruptObjectError when the header is not valid or its tensors do not fill the file exactly.
     """
+    base = len(header)
     try:
-        entries = json.loads(bytes(header[LENGTH_BYTES:]))
+        # As UTF-8 and nothing else: given bytes, json would guess UTF-16 and UTF-32 as well.
+        entries = json.loads(str(header[LENGTH_BYTES:], "utf-8"), object_pairs_hook=_no_name_twice)
+        if not isinstance(entries, dict):
+            raise TypeError("it is not a JSON object")
         places = [
-            _place(name, entry, base=len(header))
+            _place(name, entry, base, size)
             for name, entry in entries.items()
             if name != "__metadata__"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CorruptObjectError(
-            f"{where} has a safetensors header that cannot be read ({error!r}). Publish the model again"
+            f"{where} has a safetensors header that cannot be read ({error}). Publish the model again"
         ) from None
     places.sort(key=lambda place: (place.start, place.end))
-    position = len(header)
+    position = base
     for place in places:
         if place.start != position:
             raise CorruptObjectError(
-                f"{where}: tensor {place.name!r} does not begin where the one before it ends. Publish the model again"
+                f"{where}: tensor {_brief(place.name)} does not begin where the one before it ends. "
+                "Publish the model again"
             )
         position = place.end
     if position != size:
@@ -85,20 +95,52 @@ def parse_header(header: bytes | memoryview, where: str, size: int) -> tuple[Ten
     return tuple(places)
 
 
-def _place(name: str, entry: Mapping[str, Any], base: int) -> TensorPlace:
-    shape = tuple(_whole(length) for length in entry["shape"])
-    start, end = (_whole(offset) for offset in entry["data_offsets"])
-    dtype = entry["dtype"]
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if min(shape, default=0) < 0 or end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The format forbids a name twice; json alone would keep the last, and another reader the first."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name is in it twice")
+    return entries
+
+
+def _place(name: str, entry: Any, base: int, size: int) -> TensorPlace:
+    """The place one entry of the header claims, if it lies in a file of `size` bytes. Raises ValueError, TypeError."""
+    name.encode()  # a lone surrogate is no text, and no framework could ask for such a tensor
+    if not isinstance(entry, dict):
+        raise TypeError(f"tensor {_brief(name)} is described by {_brief(entry)}")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError(f"tensor {_brief(name)} has the unknown dtype {_brief(dtype)}")
+    if not _are_lengths(shape):
+        raise ValueError(f"tensor {_brief(name)} has the shape {_brief(shape)}")
+    if (
+        not _are_lengths(offsets)
+        or len(offsets) != 2
+        or not offsets[0] <= offsets[1] <= size - base
+    ):
         raise ValueError(
-            f"tensor {name!r} of shape {shape} and dtype {dtype} has {end - start} bytes"
+            f"tensor {_brief(name)} has the data_offsets {_brief(offsets)} in a file of {size} bytes"
         )
-    return TensorPlace(name, dtype, shape, base + start, base + end)
+    start, end = offsets
+    if _count(shape, limit=size) * DTYPE_BYTES[dtype] != end - start:
+        raise ValueError(
+            f"tensor {_brief(name)} of shape {_brief(shape)} and dtype {dtype} has {end - start} bytes"
+        )
+    return TensorPlace(name, dtype, tuple(shape), base + start, base + end)
 
 
-def _whole(number: Any) -> int:
-    if type(number) is not int:  # neither 4.0 nor true nor "4"
-        raise TypeError(f"{number!r} is not a whole number")
-    return number
+def _are_lengths(value: Any) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers, none negative, and none of them 4.0, true or "4"."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _count(shape: list[int], limit: int) -> int:
+    """How many elements `shape` has, or some number above `limit`: never more digits than a file has bytes for."""
+    if 0 in shape:
+        return 0
+    count = 1
+    for length in shape:
+        count *= length
+        if count > limit:
+            break
+    return count

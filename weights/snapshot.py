@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from weights.bucket import Bucket, ObjectInfo
+from weights.chunks import CONFIG_SUFFIXES, SnapshotFile
 from weights.errors import BucketError, ManifestError, ModelNotFoundError, WeightsError
 from weights.manifest import (
-    CHUNK_SIZE,
     LATEST_NAME,
     MANIFEST_NAME,
     Manifest,
     check_path,
-    chunk_count,
     is_pickle,
     is_version,
     parse_latest,
@@ -30,49 +29,8 @@ from weights.manifest import (
 
 LATEST_LIMIT = 64 * 1024  # bytes
 MANIFEST_LIMIT = 64 * 1024 * 1024  # bytes; about a million chunks, 16 TB of model
-CONFIG_SUFFIXES = (".json", ".txt", ".model")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One range of one object: what is read in one request and verified as one."""
-
-    file: SnapshotFile
-    index: int
-    start: int
-    length: int
-
-    @property
-    def digest(self) -> str | None:
-        """BLAKE3 as hexadecimal; None in a bare folder."""
-        return self.file.digests[self.index] if self.file.digests else None
-
-
-@dataclass(frozen=True)
-class SnapshotFile:
-    """A file of the model: `path` inside the model, `key` in the bucket, and what its bytes must be."""
-
-    path: str
-    key: str
-    size: int
-    digests: tuple[str, ...] | None
-    etag: str | None
-
-    @property
-    def is_weights(self) -> bool:
-        return self.path.endswith(".safetensors")
-
-    @property
-    def is_config(self) -> bool:
-        """A small file that a pipeline is built from. A README, say, is neither: published and pulled, not loaded."""
-        return self.path.endswith(CONFIG_SUFFIXES)
-
-    def chunks(self) -> Iterator[Chunk]:
-        for index in range(chunk_count(self.size)):
-            start = index * CHUNK_SIZE
-            yield Chunk(self, index, start, min(CHUNK_SIZE, self.size - start))
 
 
 @dataclass(frozen=True)
@@ -110,7 +68,9 @@ def find_snapshot(bucket: Bucket, model_path: str, version: str | None = None) -
     manifest = read_manifest(bucket, model_path, version)
     folder = f"{model_path}/{version}"
     files = tuple(
-        SnapshotFile(entry.path, f"{folder}/{entry.path}", entry.size, entry.chunks, None)
+        SnapshotFile(
+            entry.path, f"{folder}/{entry.path}", entry.size, entry.chunks, None, entry.sha256
+        )
         for entry in manifest.files
     )
     return Snapshot(model_path, version, files, manifest)

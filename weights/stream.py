@@ -1,45 +1,32 @@
 """A model on its way from the bucket into memory: tensors come out, verified, in the order they land.
 
-Every tensor gets memory of its own before its bytes arrive; a chunk is read straight into the tensors it belongs
-to and hashed there, and a tensor is handed over once all its chunks have been verified. The stream keeps no
-reference to what it has handed over.
+Every tensor gets memory of its own before its bytes arrive, and is handed over once all its chunks have been verified.
+The stream keeps no reference to what it has handed over. Reading goes on in threads here or in a child process, which
+is decided by where it is disturbed least.
 """
 
 from __future__ import annotations
 
-import bisect
-import mmap
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 from weights.bucket import Bucket
+from weights.cache import NodeCache
+from weights.chunks import SnapshotFile
+from weights.counters import Counters
 from weights.errors import WeightsError
-from weights.reader import ChunkReader
-from weights.safetensors_layout import LENGTH_BYTES, TensorPlace, header_length, parse_header
-from weights.snapshot import Chunk, Snapshot, SnapshotFile, find_snapshot
-
-DEFAULT_CONNECTIONS = 16
-MAPPED_FROM = 64 * 1024  # bytes; below that a bytearray is cheaper than a mapping of its own
-
-
-@dataclass(frozen=True)
-class LandedTensor:
-    """A verified tensor of the file `path`: `data` is a writable buffer of exactly its bytes, owned by it alone.
-
-    `dtype` is safetensors' name for it ("F16", "BF16", "F32", …).
-    """
-
-    path: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    data: Any
+from weights.fetch import Fetcher
+from weights.landing import LandedTensor, Landings, WeightFile, WholeFile
+from weights.memory import Destination, HostMemory
+from weights.options import ReadOptions
+from weights.pace import Pace
+from weights.reading_process import ReadingProcess
+from weights.safetensors_layout import header_length
+from weights.snapshot import Snapshot, find_snapshot
 
 
 def open_model(
@@ -47,44 +34,77 @@ def open_model(
     model_path: str,
     version: str | None = None,
     *,
-    connections: int = DEFAULT_CONNECTIONS,
+    options: ReadOptions | None = None,
+    wait_for_destination: bool = False,
 ) -> ModelStream:
     """Find the model (raising what `find_snapshot` raises) and start reading it at once."""
-    return ModelStream(bucket, find_snapshot(bucket, model_path, version), connections=connections)
+    options = options or ReadOptions()
+    # Before anything is asked: the child imports while the manifest is on its way.
+    process = (
+        ReadingProcess(options.ring_bytes)
+        if _in_a_process(bucket, options, wait_for_destination)
+        else None
+    )
+    try:
+        snapshot = find_snapshot(bucket, model_path, version)
+        return ModelStream(
+            bucket,
+            snapshot,
+            options=options,
+            process=process,
+            wait_for_destination=wait_for_destination,
+        )
+    except BaseException:
+        if process is not None:
+            process.stop(wait=False)
+        raise
+
+
+def _in_a_process(bucket: Bucket, options: ReadOptions, wait_for_destination: bool) -> bool:
+    """A child where it pays: over TLS, and where bytes have to wait in a ring for a card's memory."""
+    if options.reader == "auto":
+        return wait_for_destination or bucket.reader.secure
+    return options.reader == "process"
 
 
 class ModelStream:
-    """One model being read over `connections` connections. A context manager; leaving it stops the reading.
+    """One model being read. A context manager; leaving it stops the reading.
 
     `configs()` gives the small files and `tensors()` the weights. Both raise what went wrong while reading.
+    With `wait_for_destination`, bytes gather in the ring until `deliver_to` says where tensors are to lie.
     """
 
     def __init__(
-        self, bucket: Bucket, snapshot: Snapshot, *, connections: int = DEFAULT_CONNECTIONS
+        self,
+        bucket: Bucket,
+        snapshot: Snapshot,
+        *,
+        options: ReadOptions | None = None,
+        process: ReadingProcess | None = None,
+        wait_for_destination: bool = False,
     ) -> None:
+        options = options or ReadOptions()
         self.snapshot = snapshot
-        self.bytes_read = 0
         self.started = time.monotonic()
         self.seconds: float | None = None  # from the start to the last verified byte
-        self._bucket = bucket
-        self._stopped = threading.Event()
-        self._reader = ChunkReader(bucket, self._stopped)
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="weights")
-        self._pending = 1  # this constructor counts as a task, so that nothing finishes before it
+        self._where = bucket.url(snapshot.model_path)
         self._landed: queue.SimpleQueue[LandedTensor | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        # Small files first, since the pipeline is built from them; then every weight file's head, which says where
-        # its tensors lie; the rest of a file queues up when its head has landed.
-        files = [file for file in snapshot.files if file.is_weights or file.is_config]
-        self.total_bytes = sum(file.size for file in files)
-        self._configs = {
-            file.path: self._start(self._read_whole, file) for file in files if file.is_config
-        }
-        for file in files:
-            if file.is_weights:
-                self._start(self._read_head, file)
-        self._task_done()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._files = _in_reading_order(bucket, snapshot)
+        self._configs = {file.path: WholeFile(file) for file in self._files if file.is_config}
+        self.total_bytes = sum(file.size for file in self._files)
+        self._bucket = bucket
+        self._process = process
+        self._waits = process is not None and wait_for_destination
+        self._fetcher: Fetcher | None = None
+        if process is not None:
+            process.order(bucket.reader, self._files, options)
+            if not wait_for_destination:
+                self.deliver_to(HostMemory())
+        else:
+            self._read_in_threads(options)
 
     @property
     def version(self) -> str:
@@ -95,13 +115,41 @@ class ModelStream:
         """The recipe the model was published with; None for a bare folder."""
         return self.snapshot.recipe
 
+    @property
+    def bytes_read(self) -> int:
+        """Verified bytes so far."""
+        return int(self.counters()["landed_bytes"])
+
+    @property
+    def waits_for_destination(self) -> bool:
+        """Whether tensors have nowhere to go until `deliver_to` is called."""
+        return self._waits
+
+    @property
+    def ring_memory(self) -> Any | None:
+        """The memory that bytes cross on their way here, to be pinned for a card; None where they need none."""
+        return None if self._process is None else self._process.ring.memory
+
+    def counters(self) -> dict[str, float]:
+        """What reading took so far, as plain values (weights.counters.Counters says which)."""
+        if self._fetcher is not None:
+            return self._fetcher.counters.as_dict()
+        found = self._process.counters if self._process is not None else {}
+        return {**Counters(total_bytes=self.total_bytes).as_dict(), **found}
+
+    def deliver_to(self, destination: Destination) -> None:
+        """Let tensors come to lie in `destination` from now on; once, and only where it was waited for."""
+        if self._process is None:
+            raise WeightsError("the weights are read into host memory already")
+        self._waits = False
+        self._process.deliver(self._landings(destination), self._end)
+
     def configs(self) -> dict[str, bytes]:
         """Every config file, by its path; waits for the last of them. Raises WeightsError."""
-        try:
-            return {path: future.result() for path, future in self._configs.items()}
-        except CancelledError:
-            self._raise_error()
-            raise
+        for config in self._configs.values():
+            config.done.wait()
+        self._raise_error(needed=self._configs.values())
+        return {path: bytes(config.data) for path, config in self._configs.items()}
 
     def tensors(self) -> Iterator[LandedTensor]:
         """Every tensor once, as it lands. Raises WeightsError; what landed before that is then of no use."""
@@ -129,144 +177,77 @@ class ModelStream:
         self._close(wait=kind is not KeyboardInterrupt)
 
     def _close(self, *, wait: bool) -> None:
-        self._stopped.set()
-        self._pool.shutdown(wait=wait, cancel_futures=True)
-        self._landed.put(None)
-
-    def _start(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
         with self._lock:
-            self._pending += 1
-        try:
-            return self._pool.submit(self._run, task, *arguments)
-        except RuntimeError:
-            if self._stopped.is_set():  # closed meanwhile, and the pool takes no more
-                raise CancelledError from None
-            raise
-
-    def _run(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        if self._stopped.is_set():
-            raise CancelledError
-        try:
-            result = task(*arguments)
-        except CancelledError:
-            raise
-        except (MemoryError, OSError) as error:  # mmap says "Cannot allocate memory" as an OSError
-            lacking = self._no_memory(error)
-            self._fail(lacking)
-            raise lacking from error
-        except BaseException as error:
-            self._fail(error)
-            raise
-        self._task_done()
-        return result
-
-    def _task_done(self) -> None:
-        with self._lock:
-            self._pending -= 1
-            if self._pending or self._error:
+            if self._closed:
                 return
-        self.seconds = time.monotonic() - self.started
-        self._pool.shutdown(wait=False)
-        self._landed.put(None)
+            self._closed = True
+        reading = self._fetcher or self._process
+        if reading is not None:
+            reading.stop(wait=wait)
+        self._end()
 
-    def _fail(self, error: BaseException) -> None:
-        """Note the first error, unless somebody has stopped the reading before, and stop everything."""
-        with self._lock:
-            if self._error is None and not self._stopped.is_set():
-                self._error = error
-        self._stopped.set()
-        self._landed.put(None)
-
-    def _no_memory(self, error: MemoryError | OSError) -> WeightsError:
-        return WeightsError(
-            f"not enough memory for {self._bucket.url(self.snapshot.model_path)}, {self.total_bytes / 1e9:.2f} GB "
-            f"({error}). Give the machine or the container more"
+    def _read_in_threads(self, options: ReadOptions) -> None:
+        cache = (
+            NodeCache(options.cache_folder, options.cache_bytes) if options.cache_folder else None
         )
+        self._fetcher = Fetcher(
+            self._bucket.reader,
+            self._files,
+            Landings(self._landings(HostMemory())),
+            pace=Pace(options.connections),
+            verify=options.verify,
+            cache=cache,
+            on_end=self._end,
+        )
+        self._fetcher.start()
 
-    def _raise_error(self) -> None:
+    def _landings(self, destination: Destination) -> dict[str, WholeFile | WeightFile]:
+        landings: dict[str, WholeFile | WeightFile] = dict(self._configs)
+        for file in self._files:
+            if file.is_weights:
+                where = self._bucket.url(file.key)
+                landings[file.path] = WeightFile(file, where, destination, self._landed.put)
+        return landings
+
+    def _end(self) -> None:
+        """The reading is over, well or not: whoever waits is woken, and finds out."""
+        reading = self._fetcher or self._process
+        with self._lock:
+            if self._error is None and reading is not None and reading.error is not None:
+                self._error = self._understood(reading.error)
+            if self.seconds is None and reading is not None and reading.complete:
+                self.seconds = time.monotonic() - self.started
+        for config in self._configs.values():
+            config.done.set()
+        self._landed.put(None)
+
+    def _understood(self, error: BaseException) -> BaseException:
+        if isinstance(
+            error, (MemoryError, OSError)
+        ):  # mmap says "Cannot allocate memory" as an OSError
+            lacking = WeightsError(
+                f"not enough memory for {self._where}, {self.total_bytes / 1e9:.2f} GB ({error}). "
+                "Give the machine or the container more"
+            )
+            lacking.__cause__ = error
+            return lacking
+        return error
+
+    def _raise_error(self, needed: Any = None) -> None:
         if self._error is not None:
             raise self._error
-        if self.seconds is None:
-            raise WeightsError(
-                f"reading {self._bucket.url(self.snapshot.model_path)} was stopped before its end"
-            )
-
-    def _read_chunk(self, chunk: Chunk, into: list[memoryview]) -> None:
-        self._reader.read(chunk, into)
-        with self._lock:
-            self.bytes_read += chunk.length
-
-    def _read_whole(self, file: SnapshotFile) -> bytes:
-        data = bytearray(file.size)
-        for chunk in file.chunks():
-            self._read_chunk(chunk, [memoryview(data)[chunk.start : chunk.start + chunk.length]])
-        return bytes(data)
-
-    def _read_head(self, file: SnapshotFile) -> None:
-        """Read the chunks that hold the header, hand out memory for every tensor, and queue the other chunks."""
-        where = self._bucket.url(file.key)
-        head = bytearray()
-        needed = LENGTH_BYTES
-        chunks = list(file.chunks())
-        while chunks and len(head) < needed:
-            chunk = chunks.pop(0)
-            data = bytearray(chunk.length)
-            self._read_chunk(chunk, [memoryview(data)])
-            head += data
-            needed = header_length(bytes(head[:LENGTH_BYTES]), where, file.size)
-        if not head:
-            header_length(b"", where, file.size)  # an empty file: raises
-        places = parse_header(memoryview(head)[:needed], where, file.size)
-        arriving = [_ArrivingTensor(place) for place in places]
-        # The tensors' bytes that came with the header are copied; all others are read where they stay.
-        for tensor in arriving:
-            part = tensor.overlap(needed, len(head))
-            part[:] = memoryview(head)[tensor.place.start : tensor.place.start + len(part)]
-            self._part_arrived(file, tensor, len(part))
-        unfinished = [tensor for tensor in arriving if tensor.missing]
-        ends = [tensor.place.end for tensor in unfinished]
-        for chunk in chunks:
-            first = bisect.bisect_right(ends, chunk.start)
-            last = bisect.bisect_left(ends, chunk.start + chunk.length)
-            self._start(self._read_tensors, chunk, unfinished[first : last + 1])
-
-    def _read_tensors(self, chunk: Chunk, tensors: list[_ArrivingTensor]) -> None:
-        parts = [tensor.overlap(chunk.start, chunk.start + chunk.length) for tensor in tensors]
-        self._read_chunk(chunk, parts)
-        for tensor, part in zip(tensors, parts, strict=True):
-            self._part_arrived(chunk.file, tensor, len(part))
-
-    def _part_arrived(self, file: SnapshotFile, tensor: _ArrivingTensor, count: int) -> None:
-        with self._lock:
-            tensor.missing -= count
-            landed = tensor.missing == 0
-        if landed:
-            place = tensor.place
-            data = tensor.hand_over()
-            self._landed.put(LandedTensor(file.path, place.name, place.dtype, place.shape, data))
+        if self.seconds is None and (needed is None or not all(item.complete for item in needed)):
+            raise WeightsError(f"reading {self._where} was stopped before its end")
 
 
-class _ArrivingTensor:
-    """A tensor's memory while its chunks arrive."""
+def _in_reading_order(bucket: Bucket, snapshot: Snapshot) -> list[SnapshotFile]:
+    """Configs, since the pipeline is built from them, then the weights in the order that a request needs them.
 
-    def __init__(self, place: TensorPlace) -> None:
-        self.place = place
-        self.missing = place.end - place.start
-        # A private mapping goes back to the system the moment the tensor is freed, and is touched first by the
-        # thread that reads into it, not here.
-        self._memory: Any = (
-            mmap.mmap(-1, self.missing, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if self.missing >= MAPPED_FROM
-            else bytearray(self.missing)
-        )
-
-    def overlap(self, start: int, end: int) -> memoryview:
-        """The part of this tensor's memory that holds the file's bytes [start, end)."""
-        first = max(start, self.place.start) - self.place.start
-        last = min(end, self.place.end) - self.place.start
-        return memoryview(self._memory)[first : max(first, last)]
-
-    def hand_over(self) -> Any:
-        """Give the memory away; this object keeps none of it."""
-        memory, self._memory = self._memory, None
-        return memory
+    By name that is text encoders, UNet, VAE. Raises CorruptObjectError for an empty weight file.
+    """
+    configs = [file for file in snapshot.files if file.is_config]
+    weights = [file for file in snapshot.files if file.is_weights]
+    for file in weights:
+        if not file.size:
+            header_length(b"", bucket.url(file.key), 0)
+    return [*configs, *weights]

@@ -16,9 +16,10 @@ from boto3.s3.transfer import TransferConfig
 
 from s3 import content_md5
 from weights.bucket import Bucket
+from weights.chunks import CHUNK_SIZE
 from weights.digests import Progress, chunk_digest
 from weights.errors import BucketError, FolderError
-from weights.manifest import CHUNK_SIZE, FileEntry
+from weights.manifest import FileEntry
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef

@@ -9,7 +9,16 @@ import torch
 from diffusion.components import MODULES
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import OutOfMemoryError
-from tests.diffusion.support import LIGHTNING, build, generators, pixels, stock_pipeline
+from diffusion.refresh import stage
+from tests.diffusion.support import (
+    LIGHTNING,
+    build,
+    generators,
+    pixels,
+    read_configs,
+    read_tensors,
+    stock_pipeline,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
@@ -79,3 +88,27 @@ def test_running_out_of_memory_gives_the_card_back(model):
     assert kept <= 4 * MIB
     (again,) = engine.generate(REQUEST)
     assert again.seed == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_new_version_takes_the_memory_of_the_old_one(model, half_model, dtype):
+    def parameters(engine: Engine) -> list[torch.nn.Parameter]:
+        return [p for name in MODULES for p in getattr(engine._pipeline, name).parameters()]
+
+    engine = Engine(build(model, dtype=dtype, device="cuda"), LIGHTNING)
+    fresh = Engine(build(half_model, dtype=dtype, device="cuda"), LIGHTNING)
+    staged = stage(read_configs(half_model), read_tensors(half_model), LIGHTNING)
+    places = [parameter.data_ptr() for parameter in parameters(engine)]
+    largest = max(parameter.nbytes for parameter in parameters(engine))
+    used = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+
+    engine.replace(staged)
+
+    assert [parameter.data_ptr() for parameter in parameters(engine)] == places
+    assert torch.cuda.memory_allocated() == used
+    assert torch.cuda.max_memory_allocated() <= used + largest + 512  # which it rounds up to
+    for mine, theirs in zip(parameters(engine), parameters(fresh), strict=True):
+        assert torch.equal(mine, theirs)
+    ours, expected = (next(one.generate(REQUEST)).image for one in (engine, fresh))
+    np.testing.assert_array_equal(pixels(ours), pixels(expected))

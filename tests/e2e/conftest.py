@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from demo.s3 import EmbeddedS3, Keypair
-from s3 import connect
 from scripts.fill_iam import fill
 from settings import load_storage_settings
 from tests.support.cog_server import REPOSITORY, CogServer
@@ -55,7 +54,7 @@ class Deployment:
 
     def bucket(self, name: str) -> Bucket:
         """A bucket seen with the admin's rights."""
-        return Bucket(connect(load_storage_settings(self.s3.environment())), name)
+        return Bucket(load_storage_settings(self.s3.environment()), name)
 
 
 def deploy(s3: EmbeddedS3, folder: Path) -> Deployment:

@@ -21,7 +21,6 @@ import json
 import torch
 from diffusion.build import MODULES, build_pipeline
 from diffusion.recipe import Recipe
-from s3 import connect
 from settings import load_runner_settings
 from weights import Bucket, open_model
 
@@ -31,8 +30,7 @@ def status(field):
 
 settings = load_runner_settings()
 before = status("VmRSS")
-client = connect(settings, connections=settings.read_connections)
-with open_model(Bucket(client, settings.model_bucket), settings.model_path) as stream:
+with open_model(Bucket(settings, settings.model_bucket), settings.model_path) as stream:
     pipeline = build_pipeline(
         stream.configs(),
         stream.tensors(),

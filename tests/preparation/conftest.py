@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from demo.small_sdxl import write_small_sdxl
 from preparation import Progress, Request, make_plan, prepare
 from preparation.assemble import Prepared
 from preparation.hub import Hub
+from settings import load_storage_settings
 from tests.preparation.repositories import (
     write_base,
     write_finetune,
@@ -122,9 +122,9 @@ def own(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 @pytest.fixture
-def bucket(admin: Any, new_bucket: Callable[[], str]) -> Bucket:
+def bucket(s3: EmbeddedS3, new_bucket: Callable[[], str]) -> Bucket:
     """An empty bucket of this test's own."""
-    return Bucket(admin, new_bucket())
+    return Bucket(load_storage_settings(s3.environment()), new_bucket())
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from demo.s3 import EmbeddedS3, Keypair
-from s3 import connect
 from settings import load_storage_settings
 from weights import Bucket, Publication, plan_publication, publish
-from weights.manifest import CHUNK_SIZE
+from weights.chunks import CHUNK_SIZE
 
 RECIPE = {"pipeline": "StableDiffusionXLPipeline", "steps": [4]}
 MODEL = "ByteDance/Small"
@@ -69,7 +68,7 @@ def bucket_for(s3: EmbeddedS3) -> Callable[..., Bucket]:
 
     def make(name: str, keypair: Keypair | None = None) -> Bucket:
         settings = load_storage_settings(s3.environment(keypair))
-        return Bucket(connect(settings), name)
+        return Bucket(settings, name)
 
     return make
 

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 from blake3 import blake3
 
+from weights.chunks import CHUNK_SIZE
 from weights.digests import describe_file
-from weights.manifest import CHUNK_SIZE
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1])

@@ -1,0 +1,269 @@
+"""From the settings to an engine ready to generate, and from there to every later version of its model.
+
+The weights are on their way before torch is imported, and everything heavy is imported beside them: READY comes after
+the longer of the two, not after their sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion.errors import DiffusionError
+from diffusion.recipe import Recipe
+from weights import (
+    Bucket,
+    LandedTensor,
+    ModelStream,
+    ObjectChangedError,
+    ReadOptions,
+    WeightsError,
+    open_model,
+)
+from weights.latest import LatestWatch
+from weights.waterfall import ColdStart
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion.engine import Engine
+    from settings import RunnerSettings
+
+PROGRESS_SECONDS = 2.0  # between two lines about the weights in the setup log
+TIMES_TO_BEGIN = 3  # when the model is replaced while it is read
+
+logger = logging.getLogger("loading")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine, and what its start took: the timeline, and the reading's counters as plain values."""
+
+    engine: Engine
+    version: str
+    cold_start: ColdStart
+    counters: dict[str, float]
+
+
+def load(settings: RunnerSettings, cold_start: ColdStart) -> Loaded:
+    """Stream the weights in, and build the pipeline around them while they arrive.
+
+    A model that is replaced meanwhile is begun anew, from what is there then. Raises WeightsError or DiffusionError.
+    """
+    bucket = Bucket(settings, settings.model_bucket)
+    for attempt in range(1, TIMES_TO_BEGIN + 1):
+        try:
+            return _load(bucket, settings, cold_start)
+        except ObjectChangedError as error:
+            if attempt == TIMES_TO_BEGIN:
+                raise
+            logger.warning("%s. Beginning anew", str(error).removesuffix("."))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _load(bucket: Bucket, settings: RunnerSettings, cold_start: ColdStart) -> Loaded:
+    expects_card = _expects_card(settings)
+    options = read_options(settings, to_card=expects_card)
+    with contextlib.ExitStack() as open_things:
+        with cold_start.phase("manifest"):
+            stream = open_things.enter_context(
+                open_model(
+                    bucket,
+                    settings.model_path,
+                    settings.model_version,
+                    options=options,
+                    wait_for_destination=expects_card and options.reader != "thread",
+                )
+            )
+        engine = _build_engine(stream, settings, cold_start, open_things)
+        counters = stream.counters()
+        _note_bytes(cold_start, stream, counters)
+    return Loaded(engine, stream.version, cold_start, counters)
+
+
+def read_options(settings: RunnerSettings, *, to_card: bool = False) -> ReadOptions:
+    """What the settings say of reading. The ring's size matters where bytes wait in it for a card."""
+    chosen: dict[str, Any] = {"ring_bytes": settings.ring_mib * 2**20} if to_card else {}
+    return ReadOptions(
+        connections=settings.read_connections,
+        reader=settings.reader,
+        cache_folder=settings.cache_folder,
+        cache_bytes=None if settings.cache_gb is None else int(settings.cache_gb * 1e9),
+        **chosen,
+    )
+
+
+def _expects_card(settings: RunnerSettings) -> bool:
+    """Whether weights will go to a card, as far as can be told before torch is there to say so."""
+    if settings.device == "auto":
+        return any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/dxg"))
+    return settings.device == "cuda"
+
+
+def _build_engine(
+    stream: ModelStream,
+    settings: RunnerSettings,
+    cold_start: ColdStart,
+    open_things: contextlib.ExitStack,
+) -> Engine:
+    """From bytes on the wire to an engine ready to generate."""
+    size = stream.total_bytes / 1e9
+    logger.info("loading %s %s, %.2f GB", settings.model_path, stream.version, size)
+    began = time.monotonic()
+    # The heavy imports, seconds of them, while the bytes flow. With torch alone a card can take the first ones.
+    from diffusion.device import choose_device, choose_dtype
+
+    device = choose_device(settings.device)
+    dtype = choose_dtype(device, settings.dtype)
+    if stream.waits_for_destination:
+        stream.deliver_to(_destination(stream, device, open_things))
+    from diffusion.build import build_pipeline
+    from diffusion.engine import Engine
+
+    imported = time.monotonic()
+    cold_start.add("imports", began, imported)
+    recipe = recipe_of(stream)
+    pipeline = build_pipeline(
+        stream.configs(), _reporting_progress(stream), recipe, device=device, dtype=dtype
+    )
+    built = time.monotonic()
+    cold_start.add("build", imported, built)
+    engine = Engine(pipeline, recipe, stream.version)
+    # A card compiles and caches kernels at their first use; on a CPU an image would only delay READY.
+    warm_up = 0.0
+    if device.type == "cuda":
+        with cold_start.phase("warm-up"):
+            warm_up = engine.warm_up()
+    logger.info(
+        "ready on %s (%s): weights %.1f s beside imports %.1f s, built after %.1f s, warm-up %.1f s",
+        device,
+        str(dtype).removeprefix("torch."),
+        stream.seconds or 0.0,
+        imported - stream.started,
+        built - stream.started,
+        warm_up,
+    )
+    return engine
+
+
+def _destination(
+    stream: ModelStream, device: torch.device, open_things: contextlib.ExitStack
+) -> Any:
+    if device.type != "cuda":
+        from weights.memory import HostMemory
+
+        return HostMemory()
+    from diffusion.arrival import CardMemory
+
+    return open_things.enter_context(CardMemory(device, stream.ring_memory))
+
+
+def recipe_of(stream: ModelStream) -> Recipe:
+    """The recipe the model was published with, or what a bare folder's configs say."""
+    if stream.recipe is None:
+        return Recipe.from_configs(stream.configs())
+    return Recipe.model_validate(stream.recipe)
+
+
+def _note_bytes(cold_start: ColdStart, stream: ModelStream, counters: dict[str, float]) -> None:
+    seconds = stream.seconds or 0.0
+    cold_start.add(
+        "bytes", stream.started, stream.started + seconds, bytes=int(counters["landed_bytes"])
+    )
+    # Hashing runs within the bytes' time, on as many cores as read: its seconds are the processors'.
+    cold_start.add(
+        "verification",
+        stream.started,
+        stream.started + seconds,
+        cpu_s=round(counters["hash_seconds"], 3),
+    )
+
+
+def _reporting_progress(stream: ModelStream) -> Iterator[LandedTensor]:
+    """The stream's tensors, with a line in the setup log every few seconds."""
+    reported = time.monotonic()
+    for tensor in stream.tensors():
+        yield tensor
+        del tensor  # its memory is its consumer's; a name here would keep it while waiting
+        now = time.monotonic()
+        if now - reported >= PROGRESS_SECONDS:
+            reported = now
+            read = stream.bytes_read
+            rate = read / (now - stream.started)
+            left = (stream.total_bytes - read) / rate if rate else 0.0
+            logger.info(
+                "weights: %.2f of %.2f GB, %.2f GB/s, %.0f s left",
+                read / 1e9,
+                stream.total_bytes / 1e9,
+                rate / 1e9,
+                left,
+            )
+
+
+class Refresher:
+    """Asks every few seconds whether another version is published, and has the engine serve it from then on.
+
+    Requests go on meanwhile: the new version is read, verified and checked in host memory, and only its copying into
+    the old one's place makes anybody wait. Whatever goes wrong is logged, and the old version goes on serving.
+    """
+
+    def __init__(self, settings: RunnerSettings, engine: Engine, seconds: float) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._seconds = seconds
+        self._stopped = threading.Event()
+        self._bucket = Bucket(settings, settings.model_bucket)
+        self._watch = LatestWatch(self._bucket, settings.model_path)
+        self._refused: str | None = None
+        self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            try:
+                self.refresh()
+            except (WeightsError, DiffusionError) as error:
+                logger.warning("not refreshed, and %s goes on: %s", self._engine.version, error)
+            except Exception:
+                logger.exception("not refreshed, and %s goes on", self._engine.version)
+
+    def refresh(self) -> bool:
+        """Take over what is published now; whether that was another version. Raises WeightsError, DiffusionError."""
+        published = self._watch.version()
+        if published is None or published in (self._engine.version, self._refused):
+            return False
+        logger.info(
+            "version %s was published: reading it beside %s", published, self._engine.version
+        )
+        from diffusion.errors import BusyError
+        from diffusion.refresh import stage
+
+        try:
+            with open_model(
+                self._bucket,
+                self._settings.model_path,
+                published,
+                options=read_options(self._settings),
+            ) as stream:
+                staged = stage(
+                    stream.configs(), _reporting_progress(stream), recipe_of(stream), published
+                )
+            self._engine.replace(staged)
+        except BusyError:
+            raise  # another time
+        except DiffusionError:
+            self._refused = published  # it will not fit the next time either
+            raise
+        return True

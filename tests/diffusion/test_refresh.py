@@ -1,0 +1,517 @@
+"""A new version takes over: the images of a fresh engine, the memory of the old one, and no request dropped."""
+
+import dataclasses
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from mmap import mmap
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from demo.small_sdxl import write_small_sdxl
+from diffusion import refresh
+from diffusion.components import MODULES, build_module
+from diffusion.engine import Engine, GenerationRequest
+from diffusion.errors import BusyError, ModelError, RequestError
+from diffusion.recipe import Recipe, SchedulerRecipe
+from diffusion.refresh import Staged, stage
+from tests.diffusion.support import (
+    GUIDED,
+    LIGHTNING,
+    Tensor,
+    build,
+    edited,
+    pixels,
+    read_configs,
+    read_tensors,
+    renamed,
+)
+
+REQUEST = GenerationRequest(prompt="a small red boat", width=64, height=64, steps=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def update(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another version of `model`: the same configs, other weights."""
+    return write_small_sdxl(tmp_path_factory.mktemp("small-sdxl-update"), seed=1)
+
+
+def serve(
+    folder: Path, recipe: Recipe = LIGHTNING, version: str = "old", **build_as: Any
+) -> Engine:
+    return Engine(build(folder, recipe, **build_as), recipe, version)
+
+
+def staged(folder: Path, recipe: Recipe = LIGHTNING, **changes: Any) -> Staged:
+    given = {"configs": read_configs(folder), "tensors": read_tensors(folder)} | changes
+    return stage(given["configs"], given["tensors"], recipe, "new")
+
+
+def images(engine: Engine, **changes: Any) -> list[np.ndarray]:
+    return [pixels(made.image) for made in engine.generate(replace(REQUEST, **changes))]
+
+
+def assert_same_images(engine: Engine, other: Engine, **changes: Any) -> None:
+    for request in (changes, {"prompt": "猫", "seed": 9, "width": 96, **changes}):
+        for mine, theirs in zip(images(engine, **request), images(other, **request), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def tensors_of(engine: Engine) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}: {name}": tensor
+        for part in MODULES
+        for name, tensor in (
+            *getattr(engine._pipeline, part).named_parameters(),
+            *getattr(engine._pipeline, part).named_buffers(),
+        )
+    }
+
+
+def assert_same_tensors(engine: Engine, other: Engine) -> None:
+    mine, theirs = tensors_of(engine), tensors_of(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+        assert not tensor.requires_grad
+
+
+def places(engine: Engine, part: str = "") -> dict[str, int]:
+    return {
+        name: tensor.data_ptr()
+        for name, tensor in tensors_of(engine).items()
+        if name.startswith(part and f"{part}: ")
+    }
+
+
+def await_closed(engine: Engine) -> None:
+    deadline = time.monotonic() + 30
+    while not engine._gate.closed:
+        assert time.monotonic() < deadline
+
+
+def drawn_for(configs: dict[str, bytes], part: str) -> Iterator[Tensor]:
+    """Tensors that fit `part` of the configs, and are the same at every call."""
+    generator = torch.Generator().manual_seed(7)
+    for name, meta in build_module(part, configs).state_dict().items():
+        drawn = torch.randn(meta.shape, generator=generator) * 0.05
+        data = bytearray(drawn.numpy().tobytes())
+        yield Tensor(f"{part}/model.safetensors", name, "F32", tuple(meta.shape), data)
+
+
+# What it is afterwards
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_are_those_of_an_engine_built_from_the_new_version(model, update, dtype):
+    engine = serve(model, dtype=dtype)
+    fresh = serve(update, dtype=dtype)
+    old_images = images(engine)
+
+    assert engine.replace(staged(update)) > 0
+
+    assert engine.version == "new"
+    assert_same_tensors(engine, fresh)
+    assert_same_images(engine, fresh)
+    assert not np.array_equal(images(engine)[0], old_images[0])
+
+
+def test_files_in_half_precision_are_cast_as_a_fresh_engine_casts_them(model, half_model):
+    engine = serve(model)
+
+    engine.replace(staged(half_model))
+
+    assert_same_tensors(engine, serve(half_model))
+
+
+def test_parameters_stay_where_they_are(model, update):
+    engine = serve(model)
+    before, modules = places(engine), [getattr(engine._pipeline, part) for part in MODULES]
+
+    engine.replace(staged(update))
+
+    assert places(engine) == before
+    assert [getattr(engine._pipeline, part) for part in MODULES] == modules
+
+
+def test_one_version_after_another_takes_over(model, update):
+    engine = serve(model)
+    before = places(engine)
+
+    engine.replace(staged(update))
+    engine.replace(staged(model))
+
+    assert places(engine) == before
+    assert_same_images(engine, serve(model))
+
+
+def test_names_of_older_files_are_understood(model, update):
+    tensors = list(renamed(read_tensors(update), "text_encoder", "text_model.", ""))
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
+        tensors = list(renamed(tensors, "vae", f".{new}.", f".{old}."))
+    engine = serve(model)
+
+    engine.replace(staged(update, tensors=tensors))
+
+    assert_same_tensors(engine, serve(update))
+
+
+def test_what_a_config_notes_about_its_file_does_not_make_it_another(model, update):
+    configs = edited(read_configs(update), "unet/config.json", _diffusers_version="0.19.0")
+    configs = edited(
+        configs, "text_encoder/config.json", dtype="float16", transformers_version="4.32"
+    )
+    engine = serve(model)
+    before = places(engine)
+
+    engine.replace(staged(update, configs=configs))
+
+    assert places(engine) == before
+
+
+def test_scheduler_steps_and_guidance_are_the_new_recipe_s(model, update):
+    recipe = GUIDED.model_copy(
+        update={"scheduler": SchedulerRecipe(class_name="DPMSolverMultistepScheduler")}
+    )
+    engine = serve(model)
+    with pytest.raises(RequestError, match="1 or 2 or 4"):
+        engine.generate(replace(REQUEST, steps=3))
+
+    engine.replace(staged(update, recipe))
+
+    assert engine.recipe == recipe
+    assert_same_images(engine, serve(update, recipe), steps=3, negative_prompt="red")
+    (made,) = engine.generate(replace(REQUEST, steps=None))
+    assert (made.steps, made.guidance_scale) == (GUIDED.default_steps, GUIDED.guidance_scale)
+
+
+def test_tokenizers_and_the_treatment_of_empty_prompts_are_the_new_version_s(model, update):
+    configs = read_configs(update)
+    for name in ("tokenizer", "tokenizer_2"):
+        configs = edited(configs, f"{name}/tokenizer_config.json", model_max_length=9)
+    configs = edited(configs, "model_index.json", force_zeros_for_empty_prompt=False)
+    engine = serve(model, GUIDED)
+
+    engine.replace(staged(update, GUIDED, configs=configs))
+
+    assert engine._pipeline.tokenizer.model_max_length == 9
+    assert_same_images(engine, serve(update, GUIDED, configs=configs), prompt="a long red " * 9)
+
+
+def test_a_part_whose_config_changed_is_exchanged_and_the_others_stay(model, update):
+    configs = edited(read_configs(update), "vae/config.json", block_out_channels=[16, 32, 32, 64])
+
+    def tensors() -> Iterator[Tensor]:
+        yield from (tensor for tensor in read_tensors(update) if tensor.path[:4] != "vae/")
+        yield from drawn_for(configs, "vae")
+
+    engine, fresh = serve(model), serve(update, configs=configs, tensors=tensors())
+    old_vae = weakref.ref(engine._pipeline.vae)
+    before = {part: places(engine, part) for part in MODULES}
+
+    engine.replace(staged(update, configs=configs, tensors=tensors()))
+
+    assert_same_tensors(engine, fresh)
+    assert_same_images(engine, fresh)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        assert places(engine, part) == before[part]
+    gc.collect()
+    assert old_vae() is None
+
+
+def test_a_config_that_changes_no_shape_counts_too(model, update):
+    configs = edited(read_configs(update), "vae/config.json", scaling_factor=0.2)
+    engine = serve(model)
+
+    engine.replace(staged(update, configs=configs))
+
+    assert_same_images(engine, serve(update, configs=configs))
+
+
+def test_a_vae_that_must_stay_in_float32_comes_into_a_float16_engine(model, update):
+    configs = edited(read_configs(update), "vae/config.json", force_upcast=True)
+    engine = serve(model, dtype=torch.float16)
+    assert engine._pipeline.vae.dtype == torch.float16
+
+    engine.replace(staged(update, configs=configs))
+
+    assert engine._pipeline.vae.dtype == torch.float32
+    assert_same_tensors(engine, serve(update, configs=configs, dtype=torch.float16))
+
+
+def test_staged_tensors_are_let_go_one_by_one(model, update):
+    engine = serve(model)
+    alive: weakref.WeakSet[mmap] = weakref.WeakSet()
+
+    def watched() -> Iterator[Tensor]:
+        for tensor in read_tensors(update):
+            memory = mmap(-1, len(tensor.data))
+            memory[:] = tensor.data
+            alive.add(memory)
+            yield replace(tensor, data=memory)
+            del tensor, memory
+
+    class Copies(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive: list[int] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+            if function is torch.ops.aten.copy_.default:
+                self.alive.append(len(alive))
+            return function(*args, **(kwargs or {}))
+
+    waiting = staged(update, tensors=watched())
+    with Copies() as copies:
+        engine.replace(waiting)
+
+    total = len(list(read_tensors(update)))
+    assert copies.alive == list(range(total, 0, -1))
+    assert len(alive) == 0
+
+
+# Requests meanwhile
+
+
+def test_a_request_under_way_ends_with_its_version_and_the_next_one_has_the_new(model, update):
+    engine = serve(model)
+    of_old, of_new = (images(serve(folder), num_outputs=3) for folder in (model, update))
+    waiting = staged(update)
+    request = replace(REQUEST, num_outputs=3)
+    under_way, later = engine.generate(request), engine.generate(request)
+    made = [next(under_way)]
+
+    with ThreadPoolExecutor(2) as pool:
+        swap = pool.submit(engine.replace, waiting)
+        await_closed(engine)
+        # It was checked before, but has no image yet, so it is the new version's.
+        afterwards = pool.submit(list, later)
+        made.extend(under_way)
+        assert swap.result(200) > 0
+        new = afterwards.result(200)
+
+    assert [image.version for image in made] == ["old"] * 3
+    assert [image.version for image in new] == ["new"] * 3
+    for ours, expected in ((made, of_old), (new, of_new)):
+        for image, other in zip(ours, expected, strict=True):
+            np.testing.assert_array_equal(pixels(image.image), other)
+
+
+def test_a_request_that_had_not_begun_is_asked_of_the_new_recipe(model, update):
+    engine = serve(model)
+    waiting = engine.generate(replace(REQUEST, steps=2))
+    open_steps = engine.generate(replace(REQUEST, steps=None))
+
+    engine.replace(staged(update, LIGHTNING.model_copy(update={"steps": (1,), "default_steps": 1})))
+
+    with pytest.raises(RequestError, match="num_inference_steps is 2"):
+        list(waiting)
+    (made,) = open_steps
+    assert (made.steps, made.version) == (1, "new")
+
+
+def test_a_request_dropped_or_cancelled_halfway_does_not_keep_the_new_version_out(model, update):
+    engine, cancelled = serve(model), Event()
+    request = replace(REQUEST, num_outputs=4)
+    dropped, closed, ended = (engine.generate(request, cancelled) for _ in range(3))
+    for iterator in (dropped, closed, ended):
+        next(iterator)
+
+    del dropped, iterator
+    closed.close()
+    cancelled.set()
+    assert list(ended) == []
+
+    assert engine.replace(staged(update), patience=0.0) > 0
+
+
+def test_a_request_that_fails_does_not_keep_the_new_version_out(model, update):
+    engine = serve(model)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("something else")
+
+    hook = engine._pipeline.unet.mid_block.register_forward_hook(fail)
+    failing = engine.generate(replace(REQUEST, num_outputs=2))
+    with pytest.raises(RuntimeError, match="something else"):
+        next(failing)
+    hook.remove()
+
+    assert engine.replace(staged(update), patience=0.0) > 0
+
+
+def test_the_last_image_is_handed_out_with_the_model_given_back(model, update):
+    engine = serve(model)
+    request = engine.generate(replace(REQUEST, num_outputs=2))
+    next(request), next(request)
+
+    assert engine.replace(staged(update), patience=0.0) > 0
+
+
+def test_requests_without_end_do_not_keep_the_new_version_out(model, update):
+    engine, stop = serve(model), Event()
+    expected = {
+        version: images(serve(folder), num_outputs=2)
+        for version, folder in (("old", model), ("new", update))
+    }
+
+    def ask_again_and_again() -> list[list[Any]]:
+        answers = []
+        while not stop.is_set():
+            answers.append(list(engine.generate(replace(REQUEST, num_outputs=2))))
+        return answers
+
+    with ThreadPoolExecutor(3) as pool:
+        callers = [pool.submit(ask_again_and_again) for _ in range(3)]
+        try:
+            for version, folder in (("new", update), ("old", model)):
+                waiting = dataclasses.replace(staged(folder), version=version)
+                engine.replace(waiting, patience=200)
+        finally:
+            stop.set()
+        answers = [answer for caller in callers for answer in caller.result(200)]
+
+    assert len(answers) >= 3
+    for answer in answers:
+        (version,) = {image.version for image in answer}
+        for image, other in zip(answer, expected[version], strict=True):
+            np.testing.assert_array_equal(pixels(image.image), other)
+
+
+def test_a_request_that_takes_too_long_leaves_the_old_version_and_it_can_be_tried_again(
+    model, update
+):
+    engine, waiting = serve(model), staged(update)
+    under_way = engine.generate(replace(REQUEST, num_outputs=2))
+    next(under_way)
+
+    with pytest.raises(BusyError, match="try again"):
+        engine.replace(waiting, patience=0.0)
+
+    assert [image.version for image in under_way] == ["old"]
+    assert_same_images(engine, serve(model))
+    engine.replace(waiting)
+    assert_same_images(engine, serve(update))
+
+
+# New versions that are wrong
+
+
+def missing(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+    return (tensor for tensor in tensors if tensor.name != "conv_in.bias")
+
+
+def misshapen(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        shape = (1, *tensor.shape) if tensor.name == "conv_in.bias" else tensor.shape
+        yield replace(tensor, shape=shape)
+
+
+def unexpected(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield Tensor("unet/lora.safetensors", "lora.down.weight", "F32", (1,), bytearray(4))
+    yield from tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (missing, r"missing \(unet/: conv_in\.bias"),
+        (misshapen, r"conv_in\.bias is \[1, 32\], its config wants \[32\]"),
+        (unexpected, r"unexpected .*lora\.down"),
+    ],
+)
+def test_tensors_that_do_not_fit_leave_the_old_version_as_it_was(model, update, change, message):
+    engine = serve(model)
+    before = places(engine)
+
+    with pytest.raises(ModelError, match=message):
+        staged(update, tensors=change(read_tensors(update)))
+
+    assert (engine.version, places(engine)) == ("old", before)
+    assert_same_tensors(engine, serve(model))
+
+
+@pytest.mark.parametrize(
+    "path", ["unet/config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
+)
+def test_configs_that_are_broken_are_named_before_any_tensor_is_asked_for(update, path):
+    def never() -> Iterator[Tensor]:
+        pytest.fail("a tensor was asked for")
+        yield
+
+    with pytest.raises(ModelError, match=path.partition("/")[0]):
+        staged(update, configs=read_configs(update) | {path: b"{"}, tensors=never())
+
+
+def test_a_device_with_no_room_for_a_changed_part_leaves_the_old_version_as_it_was(model, update):
+    class FullAtLast(TorchDispatchMode):
+        """The error cannot be had at will without filling the machine; here there is no room for what is asked last."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+            if (kwargs or {}).get("dtype") is torch.uint8:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            return function(*args, **(kwargs or {}))
+
+    configs = edited(read_configs(update), "vae/config.json", scaling_factor=0.2)
+    engine, waiting = serve(model), staged(update, configs=configs)
+    before = places(engine)
+
+    refused = pytest.raises(ModelError, match=r"no memory for the parts of version new .*goes on")
+    with refused, FullAtLast():
+        engine.replace(waiting)
+
+    assert (engine.version, places(engine)) == ("old", before)
+    assert_same_tensors(engine, serve(model))
+    assert_same_images(engine, serve(model))
+    engine.replace(waiting)  # with room again
+    assert_same_images(engine, serve(update, configs=configs))
+
+
+# What the copies are
+
+
+def test_a_tensor_of_another_dtype_is_cast_on_the_device_and_needs_no_memory_there():
+    # "meta" stands in for a card: copies to it are asked of torch in the same way.
+    module, target = nn.Linear(4, 4, bias=False).half(), torch.empty(4, 4, device="meta")
+    ((_, slot),) = refresh.slots(module, torch.float32)
+    move = refresh._Move(slot, target)
+    scratch = torch.empty(refresh._scratch_bytes([move]), dtype=torch.uint8, device="meta")
+    copies = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+            if function is torch.ops.aten.copy_.default:
+                copies.append([(tensor.device.type, tensor.dtype) for tensor in args[:2]])
+            elif function is not torch.ops.aten.detach.default:
+                assert function.is_view, f"{function} may allocate"
+            return function(*args, **(kwargs or {}))
+
+    with Watch(), torch.no_grad():
+        refresh._carry_out(move, scratch)
+
+    half, single = ("meta", torch.float16), ("meta", torch.float32)
+    assert copies == [[half, ("cpu", torch.float16)], [single, half]]
+
+
+def test_integers_and_buffers_of_a_file_are_copied_too():
+    module = nn.BatchNorm1d(2)
+    ours = dict(refresh.slots(module, torch.bfloat16))
+
+    assert ours["num_batches_tracked"].final_dtype == torch.int64
+    assert ours["running_mean"].final_dtype == torch.bfloat16
+    refresh._carry_out(
+        refresh._Move(ours["num_batches_tracked"], target := torch.tensor(5)), torch.empty(0)
+    )
+    assert target == 0
+    assert module.num_batches_tracked is target

@@ -1,0 +1,53 @@
+"""How many connections to read over: chosen from the rates that are seen, without a clock or a socket of its own."""
+
+from __future__ import annotations
+
+FIRST = 8  # connections; on a free wire more bring nothing, and on a long one the doubling below is quick
+LIMIT = 64
+WORTH_IT = 1.12  # a step up is kept when the rate grew by so much
+SETTLED_FOR = 2.0  # seconds after which a settled pace tries again whether more has become worth it
+RESPITE = 5.0  # seconds without growth after the server asked for patience
+
+
+class Pace:
+    """The number of connections, `target`: pinned, or raised while that pays and lowered when the server asks.
+
+    `observe` is told the rate of each short interval in which bytes flowed. Times are seconds on any one clock.
+    """
+
+    def __init__(self, pinned: int | None = None, limit: int = LIMIT) -> None:
+        self.target = min(FIRST, limit) if pinned is None else min(pinned, limit)
+        self._pinned = pinned is not None
+        self._limit = limit
+        self._before: tuple[int, float] | None = (
+            None  # connections and rate that the last step started from
+        )
+        self._settling = True
+        self._quiet_until = 0.0
+
+    def observe(self, rate: float, now: float) -> None:
+        """Bytes per second over the last interval: step up, keep the last step, or take it back."""
+        if self._pinned or now < self._quiet_until:
+            return
+        if self._settling:  # connections of the last step were still opening in this interval
+            self._settling = False
+            return
+        if self._before is not None and rate < self._before[1] * WORTH_IT:
+            # More brought nothing. What did as well with fewer is kept: connections cost the server and us.
+            self._set(self._before[0])
+            self._before = None
+            self._quiet_until = now + SETTLED_FOR
+        elif self.target < self._limit:
+            self._before = (self.target, rate)
+            self._set(min(2 * self.target, self._limit))
+
+    def throttled(self, now: float) -> None:
+        """The server asked for patience: halve, and do not grow for a while. A pinned number stays."""
+        if not self._pinned and now >= self._quiet_until - RESPITE / 2:
+            self._set(max(1, self.target // 2))
+            self._before = None
+        self._quiet_until = max(self._quiet_until, now + RESPITE)
+
+    def _set(self, target: int) -> None:
+        self.target = target
+        self._settling = True
