@@ -10,8 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,25 +40,16 @@ TIMES_TO_BEGIN = 3  # when the model is replaced while it is read
 logger = logging.getLogger("loading")
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """An engine, and what its start took: the timeline, and the reading's counters as plain values."""
-
-    engine: Engine
-    version: str
-    cold_start: ColdStart
-    counters: dict[str, float]
-
-
-def load(settings: RunnerSettings, cold_start: ColdStart) -> Loaded:
+def load(settings: RunnerSettings, cold_start: ColdStart, meanwhile: Callable[[], None]) -> Engine:
     """Stream the weights in, and build the pipeline around them while they arrive.
 
-    A model that is replaced meanwhile is begun anew, from what is there then. Raises WeightsError or DiffusionError.
+    `meanwhile` is called once the bytes are on their way, for what else has to be done. A model that is replaced while
+    it is read is begun anew, from what is there then. Raises WeightsError or DiffusionError.
     """
     bucket = Bucket(settings, settings.model_bucket)
     for attempt in range(1, TIMES_TO_BEGIN + 1):
         try:
-            return _load(bucket, settings, cold_start)
+            return _load(bucket, settings, cold_start, meanwhile)
         except ObjectChangedError as error:
             if attempt == TIMES_TO_BEGIN:
                 raise
@@ -67,7 +57,12 @@ def load(settings: RunnerSettings, cold_start: ColdStart) -> Loaded:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _load(bucket: Bucket, settings: RunnerSettings, cold_start: ColdStart) -> Loaded:
+def _load(
+    bucket: Bucket,
+    settings: RunnerSettings,
+    cold_start: ColdStart,
+    meanwhile: Callable[[], None],
+) -> Engine:
     expects_card = _expects_card(settings)
     options = read_options(settings, to_card=expects_card)
     with contextlib.ExitStack() as open_things:
@@ -81,10 +76,11 @@ def _load(bucket: Bucket, settings: RunnerSettings, cold_start: ColdStart) -> Lo
                     wait_for_destination=expects_card and options.reader != "thread",
                 )
             )
+        with cold_start.phase("clients", after=("manifest",)):
+            meanwhile()
         engine = _build_engine(stream, settings, cold_start, open_things)
-        counters = stream.counters()
-        _note_bytes(cold_start, stream, counters)
-    return Loaded(engine, stream.version, cold_start, counters)
+        _note_bytes(cold_start, stream, stream.counters())
+    return engine
 
 
 def read_options(settings: RunnerSettings, *, to_card: bool = False) -> ReadOptions:
@@ -127,18 +123,19 @@ def _build_engine(
     from diffusion.engine import Engine
 
     imported = time.monotonic()
-    cold_start.add("imports", began, imported)
+    cold_start.add("imports", began, imported, after=("clients",))
     recipe = recipe_of(stream)
     pipeline = build_pipeline(
         stream.configs(), _reporting_progress(stream), recipe, device=device, dtype=dtype
     )
     built = time.monotonic()
-    cold_start.add("build", imported, built)
+    # Building ends with the last tensor, so it waits for the bytes too.
+    cold_start.add("build", imported, built, after=("imports", "bytes"))
     engine = Engine(pipeline, recipe, stream.version)
     # A card compiles and caches kernels at their first use; on a CPU an image would only delay READY.
     warm_up = 0.0
     if device.type == "cuda":
-        with cold_start.phase("warm-up"):
+        with cold_start.phase("warm-up", after=("build",)):
             warm_up = engine.warm_up()
     logger.info(
         "ready on %s (%s): weights %.1f s beside imports %.1f s, built after %.1f s, warm-up %.1f s",
@@ -161,7 +158,9 @@ def _destination(
         return HostMemory()
     from diffusion.arrival import CardMemory
 
-    return open_things.enter_context(CardMemory(device, stream.ring_memory))
+    memory = open_things.enter_context(CardMemory(device, stream.ring_memory))
+    open_things.callback(stream.close)  # first, or pieces would go on to a card that takes no more
+    return memory
 
 
 def recipe_of(stream: ModelStream) -> Recipe:
@@ -173,16 +172,25 @@ def recipe_of(stream: ModelStream) -> Recipe:
 
 def _note_bytes(cold_start: ColdStart, stream: ModelStream, counters: dict[str, float]) -> None:
     seconds = stream.seconds or 0.0
+    cold_start.version = stream.version
     cold_start.add(
-        "bytes", stream.started, stream.started + seconds, bytes=int(counters["landed_bytes"])
+        "bytes",
+        stream.started,
+        stream.started + seconds,
+        after=("manifest",),
+        bytes=int(counters["landed_bytes"]),
     )
     # Hashing runs within the bytes' time, on as many cores as read: its seconds are the processors'.
     cold_start.add(
         "verification",
         stream.started,
         stream.started + seconds,
-        cpu_s=round(counters["hash_seconds"], 3),
+        after=("manifest",),
+        seconds_of_cpu=round(counters["hash_seconds"], 3),
     )
+    for name, value in counters.items():
+        if isinstance(value, int):
+            cold_start.count(name, value)
 
 
 def _reporting_progress(stream: ModelStream) -> Iterator[LandedTensor]:

@@ -62,20 +62,24 @@ class Runner(BaseRunner):
         with _unexpected_errors_logged("setup"):
             self.cold_start = ColdStart()
             self.settings = load_runner_settings()
-            loaded = load(self.settings, self.cold_start)
-            self.engine = loaded.engine
-            self.store = ImageStore(
-                connect(self.settings, connections=UPLOAD_CONNECTIONS),
-                self.settings.image_bucket,
-                self.settings.image_prefix,
-                self.settings.image_url_lifetime,
-                self.settings.public_base_url,
-            )
-            self.cold_start.ready()
-            if self.settings.cold_start_folder is not None:
-                self.cold_start.write(self.settings.cold_start_folder)
+            self.cold_start.model = self.settings.model_path
+            try:
+                self.engine = load(self.settings, self.cold_start, meanwhile=self._connect_store)
+                self.cold_start.ready()
+            finally:
+                if self.settings.cold_start_folder is not None:
+                    self.cold_start.write(self.settings.cold_start_folder)
             if self.settings.refresh_seconds is not None:
                 Refresher(self.settings, self.engine, self.settings.refresh_seconds).start()
+
+    def _connect_store(self) -> None:
+        self.store = ImageStore(
+            connect(self.settings, connections=UPLOAD_CONNECTIONS),
+            self.settings.image_bucket,
+            self.settings.image_prefix,
+            self.settings.image_url_lifetime,
+            self.settings.public_base_url,
+        )
 
     # Two at a time: one request's images are encoded and uploaded while the device works for the other.
     @concurrent(max=2)

@@ -245,7 +245,7 @@ class RunnerSettings(StorageSettings):
     )
     cache_gb: float | None = _variable(
         "MODEL_CACHE_GB",
-        "how many GB the cache may take; the models used least recently make room",
+        "how many GB the cache may take; the files used least recently make room",
         "100",
         default=None,
         gt=0,

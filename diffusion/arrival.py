@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from diffusion.landing import DTYPES
+from diffusion.dtypes import DTYPES
+from diffusion.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 class TensorPlace(Protocol):
     """What a file's header says of one tensor, as the weights room hands it over."""
 
+    @property
+    def name(self) -> str: ...
     @property
     def dtype(self) -> str: ...
     @property
@@ -47,6 +50,7 @@ class CardMemory:
     def __init__(self, device: torch.device, ring: Any | None) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._error: RuntimeError | None = None
         self._pinned = None if ring is None else _pin(ring)
         self._under_way: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[], None]] | None] = (
             queue.SimpleQueue()
@@ -67,16 +71,24 @@ class CardMemory:
         self._releasing.join()
         if self._pinned is not None:
             torch.cuda.synchronize(self._device)
-            _runtime().cudaHostUnregister(self._pinned)
+            _runtime().cudaHostUnregister(ctypes.addressof(self._pinned))
             self._pinned = None
 
-    def reserve(self, path: str, places: Sequence[TensorPlace]) -> list[_Target]:  # noqa: ARG002
+    def reserve(self, path: str, places: Sequence[TensorPlace]) -> list[_Target]:
+        """Raises ModelError for a dtype that torch has no plain tensors of."""
+        for place in places:
+            if place.dtype not in DTYPES:
+                raise ModelError(
+                    f"{path}: {place.name} is {place.dtype}, which is not supported. Publish the model again in "
+                    "float16 or bfloat16."
+                )
         return [_Target(place) for place in places]
 
     def put(
         self, parts: Sequence[tuple[_Target, int, memoryview]], release: Callable[[], None]
     ) -> None:
         """Start copying the parts; `release` is called, from another thread, when the card has read them."""
+        self._raise_error()
         with torch.cuda.device(self._device):
             for target, offset, piece in parts:
                 raw = self._tensor(target).flatten().view(torch.uint8)
@@ -89,11 +101,19 @@ class CardMemory:
 
     def hand_over(self, target: _Target) -> torch.Tensor:
         """The finished tensor, in its file's dtype. Work given to the card from now on sees all of it."""
+        self._raise_error()
         tensor = self._tensor(target)
         target.tensor = None
         with torch.cuda.device(self._device):
             torch.cuda.current_stream().wait_stream(self._stream)
         return tensor
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise ModelError(
+                f"The card {self._device} failed while weights were copied to it ({self._error}). Start the server "
+                "anew, on another card if it stays."
+            ) from self._error
 
     def _tensor(self, target: _Target) -> torch.Tensor:
         if target.tensor is None:
@@ -109,17 +129,22 @@ class CardMemory:
     def _release(self) -> None:
         while (copied := self._under_way.get()) is not None:
             done, release = copied
-            done.synchronize()
+            try:
+                done.synchronize()
+            except RuntimeError as error:  # the card is lost: whoever puts or takes next is told
+                self._error = error
             release()
 
 
-def _pin(ring: Any) -> int | None:
-    """Pin the memory where it is, and return its address; None where that is not allowed."""
+def _pin(ring: Any) -> ctypes.c_char | None:
+    """Pin the memory where it is; None where that is not allowed.
+
+    What is returned is its first byte, and keeps the memory mapped for as long as it is kept.
+    """
     first = ctypes.c_char.from_buffer(ring)
-    address = ctypes.addressof(first)
-    outcome = _runtime().cudaHostRegister(address, len(ring), 0)
+    outcome = _runtime().cudaHostRegister(ctypes.addressof(first), len(ring), 0)
     if int(outcome) == 0:
-        return address
+        return first
     logger.warning(
         "the %d MiB that weights pass through cannot be pinned (%s): copies to the card are slower. Raise the "
         "container's limit on locked memory (ulimit -l), or lower MODEL_RING_MIB",

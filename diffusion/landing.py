@@ -8,21 +8,8 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel
 
+from diffusion.dtypes import DTYPES
 from diffusion.errors import ModelError
-
-# As the safetensors format spells them. Scaled formats (fp8 and below) mean nothing without their scales.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 # torch's own allocator aligns to this. Vector kernels may sum in another order from an odd address, and the same seed
 # has to give the same image whatever address the reader's buffer had.

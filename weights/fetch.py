@@ -106,6 +106,7 @@ class Fetcher:
                 if thread is not threading.current_thread() and thread.ident is not None:
                     thread.join()
             self._route.close()
+            self._route.reader.close()
 
     @property
     def complete(self) -> bool:

@@ -119,6 +119,14 @@ class _TakenOverError(Exception):
     """Another thread has read the chunk, or nobody wants it any more. Never leaves this file."""
 
 
+class _RefusedError(Exception):
+    """The sink refuses verified bytes: reading them again changes nothing. Never leaves this file."""
+
+    def __init__(self, reason: WeightsError) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Flight:
     """Chunks of one file that lie next to each other, read by one thread; others may look on, or end it."""
 
@@ -141,6 +149,7 @@ class Flight:
         self._hasher = blake3()
         self._received = 0
         self._ended = threading.Event()
+        self._attaching = threading.Lock()
         self._connection: Connection | None = None
 
     def run(self) -> None:
@@ -155,6 +164,8 @@ class Flight:
             self._fetch()
         except _TakenOverError:
             pass
+        except _RefusedError as refused:
+            raise refused.reason from None
         finally:
             self.reading = False
             self._release_claims()
@@ -170,13 +181,23 @@ class Flight:
     def abort(self) -> None:
         """End it, from any thread: whatever it waits for, it wakes."""
         self._ended.set()
-        if self._connection is not None:
-            self._connection.abort()
+        with self._attaching:
+            if self._connection is not None:
+                self._connection.abort()
 
-    def _attach(self, connection: Connection) -> None:
-        self._connection = connection
-        if self._ended.is_set():
-            connection.abort()
+    def _attach(self, connection: Connection | None) -> None:
+        """The connection that `abort` is to wake; None once it is no longer this flight's."""
+        with self._attaching:
+            self._connection = connection
+            if connection is not None and self._ended.is_set():
+                connection.abort()
+
+    def _remaining(self) -> list[Chunk]:
+        """What is left to be read, the first of it now; a hedge may take that away at any moment."""
+        with self.lock:
+            if self._ended.is_set() or not self.chunks:
+                raise _TakenOverError
+            return list(self.chunks)
 
     def _fetch(self) -> None:
         attempts = total = corrupt = 0
@@ -237,23 +258,28 @@ class Flight:
     def _read_span(self) -> None:
         """One request for what is left, from the byte that was reached."""
         route, file = self._route, self._file
-        position = self.chunks[0].start + self._offset
+        chunks = self._remaining()
+        position = chunks[0].start + self._offset
+        end = chunks[-1].end
         route.counters.add(requests=1)
         self.reading = True
-        with route.reader.open_range(
-            file.key,
-            position,
-            self.chunks[-1].end,
-            size=file.size,
-            etag=route.expected_etag(file),
-            on_connection=self._attach,
-        ) as answer:
-            whole = answer.start == 0 and self.chunks[-1].end != file.size
-            self._skip(answer, position - answer.start)
-            while self.chunks:
-                self._read_chunk(answer)
-                if whole and not self.chunks:
-                    self.chunks.extend(route.following(self.landed[-1]))
+        try:
+            with route.reader.open_range(
+                file.key,
+                position,
+                end,
+                size=file.size,
+                etag=route.expected_etag(file),
+                on_connection=self._attach,
+            ) as answer:
+                whole = answer.start == 0 and end != file.size
+                self._skip(answer, position - answer.start)
+                while self.chunks:
+                    self._read_chunk(answer)
+                    if whole and not self.chunks:
+                        self.chunks.extend(route.following(self.landed[-1]))
+        finally:
+            self._attach(None)
 
     def _skip(self, answer: RangeAnswer, count: int) -> None:
         """Past what comes before the wanted bytes, where the server ignored the range."""
@@ -269,7 +295,7 @@ class Flight:
             count -= answer.read(scrap[:count])
 
     def _read_chunk(self, answer: RangeAnswer) -> None:
-        route, chunk = self._route, self.chunks[0]
+        route, chunk = self._route, self._remaining()[0]
         cached = route.cached(chunk.file)
         hash_seconds = 0.0
         while self._offset < chunk.length:
@@ -314,7 +340,10 @@ class Flight:
             if self._ended.is_set():
                 raise _TakenOverError
             self.chunks.remove(chunk)
-        self._route.sink.landed(chunk)
+        try:
+            self._route.sink.landed(chunk)
+        except WeightsError as error:
+            raise _RefusedError(error) from error
         self._route.counters.add(landed_bytes=chunk.length)
         self.landed.append(chunk)
         now = time.monotonic()
@@ -385,11 +414,10 @@ class Hedge:
             if not flight.chunks:
                 return
             chunk = flight.chunks[0]
-        self._route.counters.add(hedges=1)
+        self._route.counters.add(hedges=1, requests=1)
         data = memoryview(bytearray(chunk.length))
         if not self._read(chunk, data):
-            flight.hedged = False  # let another try
-            return
+            return  # and no other: where a second try fails too, it is the server
         with flight.lock:
             if flight.chunks[:1] != [chunk] or flight.over.is_set():
                 return  # it was not stuck after all
@@ -420,6 +448,8 @@ class Hedge:
         """One attempt; whether the right bytes came."""
         file, route = chunk.file, self._route
         own = self._own = Flight(route, [chunk])
+        if self._ended:
+            own.abort()
         hasher = blake3()
         filled = 0
         try:

@@ -24,10 +24,12 @@ from weights.signing import Credentials, Signer, credentials_of, region_of
 from weights.tls import tls_context
 from weights.transport import (
     Address,
+    BrokenError,
     CertificateError,
     Connection,
     Head,
     Patience,
+    StalledError,
     TransportError,
     UnreachableError,
 )
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 UNREACHABLE = "Unreachable"  # our code for a request that got no answer at all
 ATTEMPTS = 5  # at a small object
 LONGEST_PAUSE = 20.0  # seconds; also what is made of a Retry-After beyond it
+CLOCK_STEP = 0.25  # seconds; a correction by less would change nothing
 ERROR_LIMIT = 64 * 1024  # bytes of an error document
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _ELEMENT = {name: re.compile(f"<{name}>([^<]*)</{name}>") for name in ("Code", "Message")}
@@ -175,6 +178,8 @@ class ObjectReader:
                     f"cannot read {self.url(key)}: it has {head.length} bytes where at most {limit} make sense. "
                     "It is not what it should be: publish the model again"
                 )
+            if head.length is None:
+                raise BrokenError("its answer does not say how long it is")
             data = connection.read_rest(limit + 1)
             if len(data) > limit:
                 raise OversizedError(
@@ -222,7 +227,7 @@ class ObjectReader:
         """The BucketError that a transport's failure comes to when nobody asks again any more."""
         what: Explanation
         if isinstance(error, CertificateError):
-            what = CERTIFICATE_REFUSED
+            what = Explanation(f"{CERTIFICATE_REFUSED.cause} ({error})", CERTIFICATE_REFUSED.advice)
         elif isinstance(error, UnreachableError):
             what = UNREACHED
         elif isinstance(error, BusyError):
@@ -277,10 +282,15 @@ class ObjectReader:
             signed = self.signer.headers("GET", place.host_header, place.path, "", dict(headers))
             try:
                 return connection, connection.request(place.path, signed), offset
-            except TransportError:
+            except TransportError as error:
                 connection.close()
                 # A kept connection may have been closed by the server meanwhile, which says nothing of the server.
                 if fresh or connection.aborted:
+                    raise
+                if isinstance(
+                    error, StalledError
+                ):  # flows that a firewall forgot: the others are no better
+                    self.close()
                     raise
 
     def _connection(self, host: str, port: int) -> Connection:
@@ -330,12 +340,12 @@ class ObjectReader:
     def _clock_adjusted(self, head: Head, clock_offset: float) -> bool:
         """Sign with the server's time from now on; False when the request was signed with it and that did not help."""
         date = head.get("Date")
-        if date is None or clock_offset:
+        if date is None:
             return False
-        if self.signer.clock_offset:  # another thread has met the same, and seen to it
-            return True
+        if abs(self.signer.clock_offset - clock_offset) > CLOCK_STEP:
+            return True  # another thread has met the same, and seen to it
         self.signer.adjust_clock(date)
-        if not self.signer.clock_offset:
+        if abs(self.signer.clock_offset - clock_offset) <= CLOCK_STEP:
             return False
         logger.warning(
             "this machine's clock is %.0f s off the server's: signing with the server's time. Set the clock (NTP)",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-FIRST = 8  # connections; on a free wire more bring nothing, and on a long one the doubling below is quick
+# Connections to begin with. On a free wire more bring nothing, and where each is slow the doubling below is quick. Over
+# TLS each costs far more of the interpreter.
+FIRST = 4
+FIRST_OVER_TLS = 2
 LIMIT = 64
 WORTH_IT = 1.12  # a step up is kept when the rate grew by so much
 SETTLED_FOR = 2.0  # seconds after which a settled pace tries again whether more has become worth it
@@ -15,8 +18,10 @@ class Pace:
     `observe` is told the rate of each short interval in which bytes flowed. Times are seconds on any one clock.
     """
 
-    def __init__(self, pinned: int | None = None, limit: int = LIMIT) -> None:
-        self.target = min(FIRST, limit) if pinned is None else min(pinned, limit)
+    def __init__(
+        self, pinned: int | None = None, limit: int = LIMIT, *, first: int = FIRST
+    ) -> None:
+        self.target = min(first, limit) if pinned is None else min(pinned, limit)
         self._pinned = pinned is not None
         self._limit = limit
         self._before: tuple[int, float] | None = (
@@ -24,6 +29,7 @@ class Pace:
         )
         self._settling = True
         self._quiet_until = 0.0
+        self._halved_at = -RESPITE
 
     def observe(self, rate: float, now: float) -> None:
         """Bytes per second over the last interval: step up, keep the last step, or take it back."""
@@ -43,7 +49,8 @@ class Pace:
 
     def throttled(self, now: float) -> None:
         """The server asked for patience: halve, and do not grow for a while. A pinned number stays."""
-        if not self._pinned and now >= self._quiet_until - RESPITE / 2:
+        if not self._pinned and now - self._halved_at >= RESPITE / 2:
+            self._halved_at = now
             self._set(max(1, self.target // 2))
             self._before = None
         self._quiet_until = max(self._quiet_until, now + RESPITE)
@@ -51,3 +58,7 @@ class Pace:
     def _set(self, target: int) -> None:
         self.target = target
         self._settling = True
+
+
+def first_connections(over_tls: bool) -> int:
+    return FIRST_OVER_TLS if over_tls else FIRST

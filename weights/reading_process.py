@@ -108,13 +108,12 @@ class ReadingProcess:
         return self._ended.wait(seconds)
 
     def stop(self, *, wait: bool = True) -> None:
-        """End the child and, where `wait`, see it gone."""
+        """End the child: by hanging up, or at once without `wait`."""
         self._stopped = True
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)  # the child ends when its parent hangs up
         if not wait:
             self._process.kill()
-            return
         try:
             self._process.wait(PATIENCE_AT_END)
         except subprocess.TimeoutExpired:

@@ -23,7 +23,7 @@ from weights.fetch import Fetcher
 from weights.landing import LandedTensor, Landings, WeightFile, WholeFile
 from weights.memory import Destination, HostMemory
 from weights.options import ReadOptions
-from weights.pace import Pace
+from weights.pace import LIMIT, Pace, first_connections
 from weights.reading_process import ReadingProcess
 from weights.safetensors_layout import header_length
 from weights.snapshot import Snapshot, find_snapshot
@@ -194,7 +194,11 @@ class ModelStream:
             self._bucket.reader,
             self._files,
             Landings(self._landings(HostMemory())),
-            pace=Pace(options.connections),
+            pace=Pace(
+                options.connections,
+                limit=max(LIMIT, options.connections or 0),
+                first=first_connections(self._bucket.reader.secure),
+            ),
             verify=options.verify,
             cache=cache,
             on_end=self._end,

@@ -1,12 +1,13 @@
 """TLS over a socket, in large steps: received without the interpreter, decrypted from memory.
 
-Python's own TLS sockets make OpenSSL ask the kernel twice for every record of 16 KiB: 120,000 system calls for each
-GB, and read 0.78 GB/s from nginx on loopback where this reads 1.35 and curl 1.32 (two connections, two cores). One
-thread at a time decrypts: in a crowd, threads would spend more time handing the interpreter to each other than on AES.
+Python's own TLS sockets make OpenSSL ask the kernel twice for every record of 16 KiB, 120,000 system calls for each GB.
+This one asks once for 16 records: 1.1 to 1.7 times as fast in runs side by side, on two cores, one of them the
+server's. One thread at a time decrypts: in a crowd, threads spend more time handing the interpreter to each other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -57,7 +58,8 @@ class TlsStream:
                         "the server closed it during the TLS handshake"
                     ) from None
             except ssl.SSLError:
-                self._send_pending()  # the alert that says why
+                with contextlib.suppress(OSError):
+                    self._send_pending()  # the alert that says why
                 raise
             else:
                 self._send_pending()

@@ -1,8 +1,7 @@
 """One HTTP/1.1 connection whose bodies are read straight into memory that is already there.
 
 It knows sockets, TLS and HTTP's framing, and nothing of S3. A plain connection is read with MSG_WAITALL: one system
-call fills a whole mebibyte without the interpreter, so reading goes on while other threads import. Measured beside
-urllib3 and http.client in benchmarks/weights.py.
+call fills mebibytes without the interpreter, so that reading goes on while other threads import.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from email.message import Message
 
 HEAD_LIMIT = 64 * 1024  # bytes; S3's own heads have below 2 KiB
-SCRAP_LIMIT = 64 * 1024  # bytes of an unwanted body that are read to keep its connection
 TICK = 0.5  # seconds after which a read returns with what it has, to see whether it has stalled
 
 
@@ -103,6 +101,7 @@ class Connection:
         self._tick = min(TICK, self._patience.stall)
         self._aborted = False
         self._keeps = True
+        self._chunked = False
         self._watched_seconds = 0.0
         self._watched_bytes = 0
 
@@ -146,6 +145,8 @@ class Connection:
 
     def read_rest(self, limit: int) -> bytes:
         """The rest of the body, at most `limit` bytes of it."""
+        if self._chunked:
+            return self._read_chunked(limit)
         wanted = limit if self._left is None else min(self._left, limit)
         data = bytearray(wanted)
         filled = 0
@@ -158,12 +159,34 @@ class Connection:
                 break  # the server closed: that was the end
         return bytes(data[:filled])
 
-    def skip_rest(self) -> None:
-        """Read a short rest of the body, so that the connection can be used again; close it if there is more."""
-        if self._left is None or self._left > SCRAP_LIMIT:
-            self.close()
-        else:
-            self.read_rest(SCRAP_LIMIT)
+    def _read_chunked(self, limit: int) -> bytes:
+        """A body in chunks (RFC 9112, 7.1), at most `limit` bytes of it. Raises BrokenError."""
+        received = bytearray()
+        body = bytearray()
+        buffer = memoryview(bytearray(4096))
+        position = 0
+        while len(body) < limit:
+            if (end := received.find(b"\r\n", position)) >= 0:
+                try:
+                    size = int(received[position:end].partition(b";")[0], 16)
+                except ValueError:
+                    raise BrokenError("it does not speak HTTP") from None
+                if not size:
+                    break
+                if size < 0 or size > limit:
+                    raise BrokenError("its answer is endless")
+                if len(received) >= end + 2 + size + 2:
+                    body += received[end + 2 : end + 2 + size]
+                    position = end + 2 + size + 2
+                    continue
+            elif len(received) - position > HEAD_LIMIT:
+                raise BrokenError("it does not speak HTTP")
+            if self._surplus:
+                received += self._surplus
+                self._surplus = memoryview(b"")
+            else:
+                received += buffer[: self._receive(buffer, whole=False)]
+        return bytes(body[:limit])
 
     def abort(self) -> None:
         """From any thread: wake whoever reads here, with an AbortedError."""
@@ -252,9 +275,18 @@ class Connection:
             raise BrokenError("it does not speak HTTP/1.1")
         if 100 <= head.status < 200:
             raise BrokenError(f"it answered {head.status}, which nobody asked for")
-        if headers.get("Transfer-Encoding"):
-            raise BrokenError("its answer has no length of its own (Transfer-Encoding)")
-        closing = headers.get("Connection", "").lower() == "close" or protocol == b"HTTP/1.0"
+        self._chunked = bool(headers.get("Transfer-Encoding"))
+        if self._chunked:
+            if head.status < 300:
+                raise BrokenError("its answer has no length of its own (Transfer-Encoding)")
+            head = Head(
+                head.status, headers, None
+            )  # an error document of AWS's own: short, and its last words
+        closing = (
+            self._chunked
+            or headers.get("Connection", "").lower() == "close"
+            or protocol == b"HTTP/1.0"
+        )
         self._keeps = not closing
         self._surplus = memoryview(bytes(received[end + 4 :]))
         self._left = 0 if head.status in (204, 304) else head.length

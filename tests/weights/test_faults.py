@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -30,6 +31,7 @@ from weights import (
     open_model,
 )
 from weights.chunks import CHUNK_SIZE
+from weights.transport import Patience
 
 UNET = "*/unet/*.safetensors"
 ANY = "*"
@@ -161,7 +163,7 @@ def test_retry_after_is_waited_for(server, published):
 def test_a_clock_that_is_off_is_corrected_once_and_said(server, published, caplog):
     with FaultProxy(server.endpoint_url, scripted([(ANY, Fault(FaultKind.SKEWED), 1, 0)])) as proxy:
         load(proxy.endpoint_url, published)
-    assert "clock is 3600 s off" in caplog.text
+    assert re.search(r"clock is 3[56]\d\d s off", caplog.text)
 
 
 def test_another_etag_on_every_answer_is_an_object_that_changed(server, published):
@@ -222,7 +224,11 @@ def test_the_last_slow_chunk_is_asked_for_a_second_time(tmp_path):
         ObjectServer(large.root) as server,
         FaultProxy(server.endpoint_url, scripted([(UNET, slow, 1, 2)])) as proxy,
     ):
-        counters = load(proxy.endpoint_url, large, connections=3)
+        bucket = bucket_at(proxy.endpoint_url, patience=Patience(stall=60.0))
+        options = ReadOptions(reader="thread", connections=3)
+        with open_model(bucket, MODEL, options=options) as stream:
+            assert_whole(stream, large)
+            counters = stream.counters()
     assert counters["hedges_won"] == 1
 
 
