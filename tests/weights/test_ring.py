@@ -187,10 +187,12 @@ def test_a_thread_that_leaves_gives_back_the_slot_it_had_begun(side):
         side.fill(chunk_of(1000), 1, until=600)
         side.sink.leave()
 
-    with ThreadPoolExecutor(1) as pool:
-        for _ in range(2 * LEAST_SLOTS):  # there would be no slot left for the fifth
-            pool.submit(begin_and_leave).result(DEADLINE)
-        pool.submit(side.fill, chunk_of(LEAST_SLOTS * SLOT_BYTES), 2).result(DEADLINE)
+    for _ in range(LEAST_SLOTS + 1):
+        reader = threading.Thread(target=begin_and_leave, daemon=True)
+        reader.start()
+        reader.join(DEADLINE)
+        assert not reader.is_alive(), "no slot is left"
+    side.fill(chunk_of(LEAST_SLOTS * SLOT_BYTES), 2)
 
     pieces = side.sent()
     assert {piece.slot for piece in pieces} == set(range(LEAST_SLOTS))
