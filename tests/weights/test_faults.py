@@ -241,13 +241,13 @@ def test_a_random_mix_of_faults_ends_in_verified_bytes_or_a_clear_error(server, 
     """A few thousand faults over hundreds of loads, the same ones in every run."""
     outcomes: Counter[str] = Counter()
     faults = 0
-    for seed in range(300):
+    for seed in range(480):
         decide = seeded(
             seed,
             0.2 + 0.7 * (seed % 6) / 5,
             EVERY_KIND,
             seconds=0.4,
-            at_most=3 if seed % 4 else None,
+            at_most=4 if seed % 8 else None,
         )
         began = time.monotonic()
         with FaultProxy(server.endpoint_url, decide) as proxy:
