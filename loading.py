@@ -89,6 +89,7 @@ def read_options(settings: RunnerSettings, *, to_card: bool = False) -> ReadOpti
     return ReadOptions(
         connections=settings.read_connections,
         reader=settings.reader,
+        busy=True,  # with imports at the start, with images later
         cache_folder=settings.cache_folder,
         cache_bytes=None if settings.cache_gb is None else int(settings.cache_gb * 1e9),
         **chosen,

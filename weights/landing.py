@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weights.chunks import Chunk, SnapshotFile, chunk_count
-from weights.memory import Destination, HostTarget, copy, fresh_memory
+from weights.memory import Destination, HostTarget, copy, fresh_memory, runs_of
 from weights.safetensors_layout import LENGTH_BYTES, TensorPlace, header_length, parse_header
 
 
@@ -84,16 +84,19 @@ class WeightFile:
         self._ends: list[int] = []
         self._targets: Sequence[Any] = ()
         self._missing: list[int] = []  # bytes, of each tensor
+        self._run_starts: list[int] = []  # in host memory: what lies there as in the file
+        self._runs: list[memoryview] = []
+        self._left = 0  # tensors not handed over
 
     def room(self, chunk: Chunk, offset: int) -> memoryview:
         """Memory for the chunk's bytes from `offset` on; only for host memory."""
         with self._lock:
             if self._places is None or chunk.index in self._waiting:
                 return self._early(chunk)[offset:]
-        position = chunk.start + offset
-        index = bisect.bisect_right(self._ends, position)
-        place, target = self._places[index], self._targets[index]
-        return _host_view(target)[position - place.start : min(place.end, chunk.end) - place.start]
+            position = chunk.start + offset
+            number = bisect.bisect_right(self._run_starts, position) - 1
+            start = self._run_starts[number]
+            return self._runs[number][position - start : chunk.end - start]
 
     def put(
         self, chunk: Chunk, offset: int, piece: memoryview, release: Callable[[], None]
@@ -147,6 +150,11 @@ class WeightFile:
         self._targets = self._destination.reserve(self.file.path, self._places)
         self._ends = [place.end for place in self._places]
         self._missing = [place.end - place.start for place in self._places]
+        self._left = len(self._places)
+        if all(isinstance(target, HostTarget) for target in self._targets):
+            runs = runs_of(self._places, self._targets)
+            self._run_starts = [start for start, _ in runs]
+            self._runs = [memory for _, memory in runs]
         return True
 
     def _copy_early(self, chunk: Chunk) -> list[int]:
@@ -193,6 +201,9 @@ class WeightFile:
             place = self._places[index]
             target = self._targets[index]
             self._targets[index] = None  # type: ignore[index] # whoever has the tensor has it alone
+            self._left -= 1
+            if not self._left:
+                self._runs.clear()
         data = self._destination.hand_over(target)
         self._on_tensor(LandedTensor(self.file.path, place.name, place.dtype, place.shape, data))
 
@@ -214,9 +225,3 @@ class Landings:
 
     def leave(self) -> None:
         """Nothing to do: no thread holds anything."""
-
-
-def _host_view(target: Any) -> memoryview:
-    if not isinstance(target, HostTarget):
-        raise TypeError("only host memory can be read into directly")
-    return target.view

@@ -1,7 +1,8 @@
 """Host memory for tensors: each has its own bytes, which nobody else writes and which go back when it is let go.
 
 The first touch of fresh memory costs as much as hashing it (0.5 s per GiB in pages of 4 KiB, measured; 0.17 in huge
-pages), so a file's tensors lie in one mapping that asks for huge pages.
+pages), so a file's tensors lie in one mapping that asks for huge pages. They lie there as in the file, where alignment
+allows it: then one read fills many, and a model of thousands of small ones comes in as fast as one of a few large.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from weights.safetensors_layout import TensorPlace
 
 ALIGNMENT = 64  # bytes; torch's own, for vector instructions
-PAGED_FROM = 64 * 1024  # bytes; tensors from here on begin on a page, so that it can be given back
 
 
 class Destination(Protocol):
@@ -42,10 +42,12 @@ class Destination(Protocol):
 
 @dataclass(frozen=True)
 class HostTarget:
-    """A tensor's memory in this process; `data` is a writable buffer of exactly its bytes."""
+    """A tensor's memory in this process: `data` is a writable buffer of exactly its bytes, `offset` its place in the
+    mapping `region`, which its neighbours share."""
 
     data: Any
-    view: memoryview
+    region: mmap.mmap
+    offset: int
 
 
 class HostMemory:
@@ -55,14 +57,12 @@ class HostMemory:
         offsets = []
         total = 0
         for place in places:
-            size = place.end - place.start
-            alignment = mmap.PAGESIZE if size >= PAGED_FROM else ALIGNMENT
-            total = -(-total // alignment) * alignment
+            total = -(-total // ALIGNMENT) * ALIGNMENT
             offsets.append(total)
-            total += size
+            total += place.end - place.start
         region = fresh_memory(max(total, 1))
         return [
-            _target(region, offset, place.end - place.start)
+            HostTarget(_owned(region, offset, place.end - place.start), region, offset)
             for offset, place in zip(offsets, places, strict=True)
         ]
 
@@ -70,7 +70,8 @@ class HostMemory:
         self, parts: Sequence[tuple[HostTarget, int, memoryview]], release: Callable[[], None]
     ) -> None:
         for target, offset, piece in parts:
-            copy(target.view[offset : offset + len(piece)], piece)
+            start = target.offset + offset
+            copy(memoryview(target.region)[start : start + len(piece)], piece)
         release()
 
     def hand_over(self, target: HostTarget) -> Any:
@@ -96,16 +97,42 @@ def fresh_memory(size: int) -> mmap.mmap:
     return region
 
 
-def _target(region: mmap.mmap, offset: int, size: int) -> HostTarget:
+def runs_of(
+    places: Sequence[TensorPlace], targets: Sequence[HostTarget]
+) -> list[tuple[int, memoryview]]:
+    """What lies in memory as it does in the file: where each such run starts in the file, and its memory, in order."""
+    runs = []
+    first = 0
+    for index in range(1, len(places) + 1):
+        if index < len(places) and _follows(places, targets, index):
+            continue
+        start, end = places[first].start, places[index - 1].end
+        if end > start:
+            offset = targets[first].offset
+            runs.append((start, memoryview(targets[first].region)[offset : offset + end - start]))
+        first = index
+    return runs
+
+
+def _follows(places: Sequence[TensorPlace], targets: Sequence[HostTarget], index: int) -> bool:
+    """Whether the tensor `index` has the same neighbour before it in memory as in the file."""
+    before = places[index - 1]
+    return (
+        places[index].start == before.end
+        and targets[index].offset == targets[index - 1].offset + before.end - before.start
+    )
+
+
+def _owned(region: mmap.mmap, offset: int, size: int) -> Any:
+    """A part of the region as a buffer, whose pages go back to the system with it."""
     if not size:
-        empty = bytearray()
-        return HostTarget(empty, memoryview(empty))
+        return bytearray()
     data = (ctypes.c_ubyte * size).from_buffer(region, offset)
     first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and sys.platform == "linux":
         weakref.finalize(data, _give_back, region, first, last - first).atexit = False
-    return HostTarget(data, memoryview(region)[offset : offset + size])
+    return data
 
 
 def _give_back(region: mmap.mmap, start: int, length: int) -> None:

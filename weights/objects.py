@@ -11,7 +11,6 @@ import contextlib
 import logging
 import random
 import re
-import ssl
 import threading
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -21,7 +20,7 @@ from s3 import CERTIFICATE_REFUSED, UNREACHED, Explanation, explain_answer, usua
 from weights.endpoint import endpoint_of, proxy_authorization, proxy_for
 from weights.errors import BucketError, CorruptObjectError, ObjectChangedError, OversizedError
 from weights.signing import Credentials, Signer, credentials_of, region_of
-from weights.tls import tls_context
+from weights.tls import TlsContext, tls_context
 from weights.transport import (
     Address,
     BrokenError,
@@ -110,7 +109,7 @@ class ObjectReader:
         self.signer = signer
         self.keypair = keypair  # None: the machine's own role decides, anew for each request
         self.patience = patience or Patience()
-        self._tls: ssl.SSLContext | None = None
+        self._tls: TlsContext | None = None
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
 

@@ -84,9 +84,10 @@ class RingSink:
         self._ring = ring
         self._on_piece = on_piece
         self._on_landed = on_landed
-        self._slots: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        # The last one freed comes first: the processor's cache still has it, and the others are perhaps never touched.
+        self._slots: queue.LifoQueue[int | None] = queue.LifoQueue()
         self._own = threading.local()
-        for slot in range(ring.slots):
+        for slot in reversed(range(ring.slots)):
             self._slots.put(slot)
 
     def free(self, slot: int) -> None:

@@ -61,9 +61,9 @@ def open_model(
 
 
 def _in_a_process(bucket: Bucket, options: ReadOptions, wait_for_destination: bool) -> bool:
-    """A child where it pays: over TLS, and where bytes have to wait in a ring for a card's memory."""
+    """A child where it pays: over TLS beside other work, and where bytes have to wait in a ring for a card's memory."""
     if options.reader == "auto":
-        return wait_for_destination or bucket.reader.secure
+        return wait_for_destination or (bucket.reader.secure and options.busy)
     return options.reader == "process"
 
 

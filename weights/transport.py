@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import socket
-import ssl
 import struct
 import time
 from dataclasses import dataclass, field
 from http.client import HTTPException, parse_headers
 from typing import TYPE_CHECKING
 
-from weights.tls import TlsStream
+from weights.tls import TlsContext, TlsStream, UntrustedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +86,7 @@ class Connection:
     """A keep-alive connection to one server; opened at the first request. For one thread, but for `abort`."""
 
     def __init__(
-        self, address: Address, tls: ssl.SSLContext | None, patience: Patience | None = None
+        self, address: Address, tls: TlsContext | None, patience: Patience | None = None
     ) -> None:
         self._address = address
         self._tls = tls
@@ -226,15 +225,12 @@ class Connection:
             if self._tls is not None:
                 if address.proxy:
                     self._tunnel(found)
+                _wait_in_the_kernel(found, self._patience.connect)
                 self._secure = TlsStream(found, self._tls, address.host)
-            # Blocking for Python, so that MSG_WAITALL waits in the kernel; the kernel's own limit is the tick.
-            found.settimeout(None)
-            seconds, rest = divmod(self._tick, 1)
-            limit = struct.pack("@ll", int(seconds), int(rest * 1_000_000))
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        except ssl.SSLCertVerificationError as error:
+            _wait_in_the_kernel(found, self._tick)
+        except UntrustedError as error:
             self.close()
-            raise CertificateError(error.verify_message) from error
+            raise CertificateError(str(error)) from error
         except OSError as error:
             self.close()
             raise UnreachableError(f"{address.host}:{address.port}: {_reason(error)}") from error
@@ -346,6 +342,14 @@ class Connection:
         """Close, since an answer cut short is of no use; and whose doing it was decides what it is called."""
         self.close()
         return AbortedError("given up") if self._aborted else error
+
+
+def _wait_in_the_kernel(found: socket.socket, limit: float) -> None:
+    """Blocking for Python, so that MSG_WAITALL and OpenSSL wait in the kernel, there for `limit` seconds."""
+    found.settimeout(None)
+    seconds, rest = divmod(limit, 1)
+    packed = struct.pack("@ll", int(seconds), int(rest * 1_000_000))
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
 
 
 def _reason(error: Exception) -> str:

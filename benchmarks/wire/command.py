@@ -158,7 +158,7 @@ def _options(description: str | None) -> argparse.Namespace:
         help="where raw sockets and this loader are compared on the limited wire (default: 4,8,16)",
     )
     parser.add_argument(
-        "--replicas", type=_count, default=4, help="how many at once (default: %(default)s)"
+        "--replicas", type=_count, default=8, help="how many at once (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     return parser.parse_args()

@@ -217,32 +217,38 @@ def _replicas_section(part: Part) -> str:
     lines = [f"## {count} replicas on one node", "", _settings(part)]
     if part.get("skipped") or not part["found"]:
         return "\n".join([*lines, f"Could not run: {part.get('skipped')}", ""])
-    median = {name: statistics.median(values) for name, values in part["found"].items()}
     lines += [
         (
-            f"Each reads the same model with the node's cache on, over connections of {RATE / 1e6:.0f} MB/s. Sent: "
-            "what nginx wrote in its access log, in models. The cache lies in the system's temporary folder, and "
-            "what was written there is still in the page cache."
-        ),
-        "",
-        "| what | seconds, median | sent |",
-        "| --- | ---: | ---: |",
-        f"| one alone, empty cache | {median['alone']:.2f} | {median['sent alone']:.2f} |",
-        f"| {count} at once, empty cache, first ready | {median['together, first ready']:.2f} | |",
-        (
-            f"| {count} at once, empty cache, last ready | {median['together, last ready']:.2f} "
-            f"| {median['sent together']:.2f} |"
-        ),
-        f"| one, warm cache | {median['warm cache']:.2f} | |",
-        f"| plain `readinto` of the cached files | {median['plain readinto']:.2f} | |",
-        "",
-        (
-            f"The last of {count} is ready in {median['together, last ready'] / median['alone']:.2f} times the time of "
-            f"one alone. A warm cache takes {median['warm cache'] / median['plain readinto']:.2f} times as long as "
-            "plain reading."
+            f"Each reads the same model with the node's cache on, over connections of {RATE / 1e6:.0f} MB/s: "
+            f"{cold.CONNECTIONS} of them, as the cold start above, or as many as the loader chooses. Every replica "
+            "copies and verifies all bytes, so that without a limit the cores are the bound. Sent: what nginx wrote in "
+            "its access log, in models. The cache lies in the system's temporary folder, and what was written there is "
+            "still in the page cache."
         ),
         "",
     ]
+    names = {"pinned": f"{cold.CONNECTIONS} connections each", "free": "the loader's own choice"}
+    for name, found in part["found"].items():
+        median = {what: statistics.median(values) for what, values in found.items()}
+        lines += [
+            f"| {names[name]} | seconds, median | sent |",
+            "| --- | ---: | ---: |",
+            f"| one alone, empty cache | {median['alone']:.2f} | {median['sent alone']:.2f} |",
+            f"| {count} at once, empty cache, first ready | {median['together, first ready']:.2f} | |",
+            (
+                f"| {count} at once, empty cache, last ready | {median['together, last ready']:.2f} "
+                f"| {median['sent together']:.2f} |"
+            ),
+            f"| one, warm cache | {median['warm cache']:.2f} | |",
+            f"| plain `readinto` of the cached files | {median['plain readinto']:.2f} | |",
+            "",
+            (
+                f"The last of {count} is ready in {median['together, last ready'] / median['alone']:.2f} times the "
+                f"time of one alone. A warm cache takes {median['warm cache'] / median['plain readinto']:.2f} times "
+                "as long as plain reading."
+            ),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from tests.weights.folder_bucket import (
 )
 from weights import LandedTensor, ReadOptions, open_model
 from weights.chunks import CHUNK_SIZE
-from weights.memory import ALIGNMENT, PAGED_FROM, HostMemory
+from weights.memory import ALIGNMENT, HostMemory, runs_of
 from weights.safetensors_layout import TensorPlace
 from weights.transport import Patience
 
@@ -86,13 +86,28 @@ def test_a_landed_tensor_is_a_writable_buffer_of_exactly_its_bytes(landed, publi
         assert view.nbytes == published.tensors[tensor.path, tensor.name].nbytes
 
 
-def test_a_landed_tensor_is_aligned_for_vector_instructions_and_a_large_one_to_its_pages(landed):
+def test_a_landed_tensor_is_aligned_for_vector_instructions(landed):
     for tensor in landed:
         memory = np.frombuffer(tensor.data, dtype="uint8")
-        if memory.nbytes:
-            address = memory.ctypes.data
-            assert address % ALIGNMENT == 0
-            assert memory.nbytes < PAGED_FROM or address % os.sysconf("SC_PAGE_SIZE") == 0
+        assert not memory.nbytes or memory.ctypes.data % ALIGNMENT == 0
+
+
+def test_tensors_lie_as_in_the_file_until_one_would_be_misaligned():
+    sizes = (128, 64, 0, 100, 64, 192, 1)
+    places = places_of(*sizes)
+    targets = HostMemory().reserve("unet/model.safetensors", places)
+
+    runs = runs_of(places, targets)
+
+    assert [(start, len(memory)) for start, memory in runs] == [
+        (places[0].start, 128 + 64 + 0 + 100),
+        (places[4].start, 64 + 192 + 1),
+    ]
+    for start, memory in runs:
+        memory[:] = bytes((start + number) % 251 for number in range(len(memory)))
+    for place, target in zip(places, targets, strict=True):
+        expected = bytes(number % 251 for number in range(place.start, place.end))
+        assert bytes(target.data) == expected
 
 
 def test_writing_to_one_landed_tensor_changes_no_other(landed, published):
@@ -133,7 +148,7 @@ def test_a_tensor_that_is_let_go_gives_its_pages_back_and_its_neighbours_stay(fr
 
 @pytest.mark.parametrize("freed", range(6))
 def test_small_neighbours_of_a_tensor_that_is_let_go_stay_as_they_are(freed):
-    arrays = dict(enumerate(filled(7, 1, PAGED_FROM - 1, 16 * MIB + 3, PAGED_FROM - 1, 5)))
+    arrays = dict(enumerate(filled(7, 1, 65_535, 16 * MIB + 3, 65_535, 5)))
     del arrays[freed]
     for number, array in arrays.items():
         assert (array == number + 1).all()

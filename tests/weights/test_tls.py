@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
 import hashlib
 import ipaddress
 import select
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from tests.weights.folder_bucket import (
     write_published,
 )
 from weights import BucketError, ReadOptions, open_model
+from weights.tls import TlsError, TlsStream, UntrustedError, tls_context
 from weights.transport import Patience
 
 READERS = ["thread", "process"]
@@ -67,14 +70,19 @@ class Authority:
         *names: str,
         valid_for: dt.timedelta = DAY,
         version: ssl.TLSVersion | None = None,
+        alternatives: Sequence[str] | None = None,
     ) -> ssl.SSLContext:
-        """A server's side of TLS, with a certificate for these host names and addresses."""
+        """A server's side of TLS, with a certificate for these host names and addresses.
+
+        The first is its common name; `alternatives` are the names it is for, where they are not the same.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         certificate = (
             _builder(_name(names[0]), self._name, key, valid_for)
             .add_extension(
-                x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False
+                x509.SubjectAlternativeName([_alternative(name) for name in alternatives or names]),
+                critical=False,
             )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
@@ -369,6 +377,66 @@ def test_a_certificate_for_an_address_is_accepted_at_that_address(server, publis
             assert_whole(stream, published)
 
 
+def test_a_certificate_for_all_names_of_a_domain_is_accepted_for_one_of_them_and_no_deeper(
+    authority,
+):
+    context = authority.context("*.buckets.example")
+    assert handshake(context, "mine.buckets.example") == ""
+    for host in ("buckets.example", "a.mine.buckets.example", "mine.buckets.example.org"):
+        assert "is not for" in handshake(context, host)
+
+
+def test_a_name_that_is_only_the_subjects_common_name_is_refused(authority):
+    context = authority.context("bucket.example", alternatives=["other.example"])
+    assert "is not for" in handshake(context, "bucket.example")
+
+
+def handshake(context: ssl.SSLContext, host: str) -> str:
+    """One handshake with a server of that certificate, which is to be `host`; why it was refused, or nothing."""
+    ours, theirs = socket.socketpair()
+    accepting = threading.Thread(target=_accept, args=(context, theirs))
+    accepting.start()
+    try:
+        TlsStream(ours, tls_context(), host)
+    except UntrustedError as refusal:
+        return str(refusal)
+    else:
+        return ""
+    finally:
+        ours.close()
+        accepting.join()
+
+
+def _accept(context: ssl.SSLContext, connection: socket.socket) -> None:
+    with connection, contextlib.suppress(OSError):
+        context.wrap_socket(connection, server_side=True).close()
+
+
+def test_what_came_before_an_error_counts_and_the_error_comes_with_the_next_read(authority):
+    ours, theirs = socket.socketpair()
+
+    def send_a_record_and_then_noise() -> None:
+        secure = authority.context("localhost").wrap_socket(theirs, server_side=True)
+        secure.sendall(b"whole")
+        plain = socket.socket(fileno=secure.detach())
+        plain.sendall(b"\x17\x03\x03\x00\x20" + b"no record of ours".ljust(32))
+        plain.close()
+
+    sending = threading.Thread(target=send_a_record_and_then_noise)
+    sending.start()
+    stream = TlsStream(ours, tls_context(), "localhost")
+    into = memoryview(bytearray(100))
+    assert stream.recv_into(into, whole=True, seconds=60) == 5
+    assert bytes(into[:5]) == b"whole"
+    for _ in range(2):
+        with pytest.raises(TlsError, match="bad record mac"):
+            stream.recv_into(into, whole=True, seconds=60)
+    sending.join()
+    ours.close()
+    with pytest.raises(ConnectionAbortedError):  # its number may be another socket's by now
+        stream.recv_into(into, whole=True, seconds=60)
+
+
 def test_a_folder_of_authorities_is_a_bundle_too(
     server, published, authority, stranger, monkeypatch, tmp_path
 ):
@@ -558,12 +626,13 @@ def test_a_wrong_certificate_behind_a_proxy_is_refused_at_once(
 
 
 @pytest.mark.parametrize("secure", [True, False])
-def test_left_to_itself_a_load_runs_in_a_process_beside_over_tls_and_in_threads_otherwise(
-    server, published, authority, secure
+@pytest.mark.parametrize("busy", [True, False])
+def test_left_to_itself_a_load_runs_in_a_process_beside_where_tls_meets_other_work(
+    server, published, authority, secure, busy
 ):
     context = authority.context("localhost")
     with TlsFront(server, lambda _: context) as front:
         bucket = bucket_at(front.endpoint_url if secure else server.endpoint_url, patience=PATIENT)
-        with open_model(bucket, MODEL) as stream:
-            assert (stream.ring_memory is not None) == secure
+        with open_model(bucket, MODEL, options=ReadOptions(busy=busy)) as stream:
+            assert (stream.ring_memory is not None) == (secure and busy)
             assert_whole(stream, published)
