@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from weights.objects import ObjectReader
 
 REQUEST_CHUNKS = 2  # in one request: 32 MiB, the most that TAG keeps of one range
+AHEAD = 6  # chunks at once that are read before it is known where they belong: each is copied, and memory beside
 INTERVAL = 0.1  # seconds between two looks at the rate
 CLAIMED_ELSEWHERE = 0.01  # seconds between two looks at chunks that another process is fetching
 HEDGE_AFTER = 3.0  # times the median time of a chunk
@@ -35,7 +36,7 @@ class Fetcher:
     """Reads `files` into `sink` on threads of its own; `on_end` is called when that has ended, well or not.
 
     Small files first, then every weight file's first chunk, which says what is in it; the rest of a file queues up in
-    its order as soon as that has landed.
+    its order as soon as that has landed. Threads that would wait for it take a few chunks ahead of it.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Fetcher:
             deque()
         )  # being fetched by another process on this node
         self._rests: dict[str, list[Chunk]] = {}
+        self._ahead: dict[str, int] = {}  # chunks taken from each rest
         self._in_flight: list[Flight] = []
         self._hedges: list[Hedge] = []
         self._pending = 0  # chunks not landed yet
@@ -132,10 +134,9 @@ class Fetcher:
     def _hire(self) -> None:
         with self._changed:
             self._threads = [thread for thread in self._threads if thread.is_alive()]
-            wanted = min(
-                self._pace.target, self._working + len(self._waiting) + len(self._elsewhere)
-            )
-            missing = wanted - self._working
+            ahead = AHEAD - sum(self._ahead.values()) if any(self._rests.values()) else 0
+            work = self._working + len(self._waiting) + len(self._elsewhere) + max(ahead, 0)
+            missing = min(self._pace.target, work) - self._working
             for _ in range(missing):
                 thread = threading.Thread(target=self._work, name="weights-read", daemon=True)
                 self._threads.append(thread)
@@ -164,12 +165,31 @@ class Fetcher:
                 if self._working > self._pace.target:
                     return None
                 if self._waiting:
-                    return self._take_off(self._waiting.popleft())
+                    return self._take_off(self._share_of(self._waiting.popleft()))
+                if ahead := self._take_ahead():
+                    return self._take_off(ahead)
                 if self._elsewhere:
                     return self._take_off(self._elsewhere.popleft(), after=CLAIMED_ELSEWHERE)
                 if (hedge := self._hedge()) is not None:
                     return hedge
                 self._changed.wait(0.05)
+
+    def _share_of(self, request: list[Chunk]) -> list[Chunk]:
+        """Near the end a request is divided, so that nobody is left with twice as much as the others."""
+        if len(request) > 1 and len(self._waiting) < self._working:
+            self._waiting.appendleft(request[1:])
+            return request[:1]
+        return request
+
+    def _take_ahead(self) -> list[Chunk]:
+        """The next chunk of a file whose first has not landed yet; none where enough of them are on their way."""
+        if sum(self._ahead.values()) >= AHEAD:
+            return []
+        for path, rest in self._rests.items():
+            if rest:
+                self._ahead[path] = self._ahead.get(path, 0) + 1
+                return [rest.pop(0)]
+        return []
 
     def _take_off(self, chunks: Sequence[Chunk], after: float = 0.0) -> Flight:
         flight = Flight(self._route, chunks, after=after)
@@ -182,6 +202,7 @@ class Fetcher:
                 self._pending -= 1
                 if chunk.index == 0:
                     self._waiting.extend(_requests(self._rests.pop(chunk.file.path, [])))
+                    self._ahead.pop(chunk.file.path, None)
             if isinstance(task, Flight):
                 self._in_flight.remove(task)
                 self._durations.extend(task.durations)

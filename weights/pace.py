@@ -8,7 +8,11 @@ FIRST = 4
 FIRST_OVER_TLS = 2
 LIMIT = 64
 WORTH_IT = 1.12  # a step up is kept when the rate grew by so much
-SETTLED_FOR = 2.0  # seconds after which a settled pace tries again whether more has become worth it
+LOOKS = 2  # intervals that a rate is the mean of: in one, a few reads more or less make a tenth
+# Seconds after which a settled pace tries again whether more has become worth it. At first soon, since what looked like
+# no gain may have been a hiccup; twice as long after each further try in vain.
+SETTLED_FOR = 0.5
+SETTLED_AT_MOST = 8.0
 RESPITE = 5.0  # seconds without growth after the server asked for patience
 
 
@@ -28,6 +32,8 @@ class Pace:
             None  # connections and rate that the last step started from
         )
         self._settling = True
+        self._seen: list[float] = []
+        self._patience = SETTLED_FOR
         self._quiet_until = 0.0
         self._halved_at = -RESPITE
 
@@ -38,12 +44,20 @@ class Pace:
         if self._settling:  # connections of the last step were still opening in this interval
             self._settling = False
             return
+        self._seen.append(rate)
+        if len(self._seen) < LOOKS:
+            return
+        rate = sum(self._seen) / LOOKS
+        self._seen.clear()
         if self._before is not None and rate < self._before[1] * WORTH_IT:
             # More brought nothing. What did as well with fewer is kept: connections cost the server and us.
             self._set(self._before[0])
             self._before = None
-            self._quiet_until = now + SETTLED_FOR
+            self._quiet_until = now + self._patience
+            self._patience = min(2 * self._patience, SETTLED_AT_MOST)
         elif self.target < self._limit:
+            if self._before is not None:
+                self._patience = SETTLED_FOR
             self._before = (self.target, rate)
             self._set(min(2 * self.target, self._limit))
 
@@ -58,6 +72,7 @@ class Pace:
     def _set(self, target: int) -> None:
         self.target = target
         self._settling = True
+        self._seen.clear()
 
 
 def first_connections(over_tls: bool) -> int:

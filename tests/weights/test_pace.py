@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from weights.pace import FIRST, LIMIT, RESPITE, SETTLED_FOR, Pace
+from weights.pace import FIRST, LIMIT, LOOKS, RESPITE, SETTLED_AT_MOST, SETTLED_FOR, Pace
 
 INTERVAL = 0.1  # seconds between two looks
 ONE = 50e6  # bytes per second over one connection
@@ -48,7 +48,7 @@ def test_it_never_exceeds_its_own_limit():
 
 def test_a_step_that_brings_nothing_is_taken_back():
     pace = Pace()
-    targets = drive(pace, wire(FIRST), seconds=1)
+    targets = drive(pace, wire(FIRST), seconds=0.8)
     assert max(targets) == 2 * FIRST
     assert pace.target == FIRST
 
@@ -65,25 +65,44 @@ def test_it_settles_where_more_connections_stop_paying(pays):
 
 def test_it_waits_before_it_tries_again_and_then_finds_what_has_become_worth_it():
     pace = Pace()
-    drive(pace, wire(FIRST), seconds=0.4)
-    taken_back_by = 0.4
-    assert pace.target == FIRST
+    targets = drive(pace, wire(FIRST), seconds=0.8)
+    tried_at = targets.index(2 * FIRST)
+    taken_back_at = tried_at + LOOKS + 1  # an interval to open them, and those in which it looks
+    assert set(targets[tried_at:taken_back_at]) == {2 * FIRST}
+    assert set(targets[taken_back_at:]) == {FIRST}
 
-    quiet = drive(pace, wire(100), seconds=SETTLED_FOR - 0.5, start=taken_back_by)
-    assert set(quiet) == {FIRST}
-
-    later = drive(pace, wire(100), seconds=10, start=taken_back_by + SETTLED_FOR)
+    later = drive(pace, wire(LIMIT), seconds=10, start=0.8)
     assert later[-1] == LIMIT
+
+
+def test_each_further_try_in_vain_comes_later_than_the_one_before():
+    targets = drive(Pace(), wire(FIRST), seconds=60)
+    tries = [index for index, (before, after) in enumerate(pairwise(targets)) if after > before]
+    pauses = [after - before for before, after in pairwise(tries)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] * INTERVAL < 3 * SETTLED_FOR
+    assert SETTLED_AT_MOST <= pauses[-1] * INTERVAL < 1.5 * SETTLED_AT_MOST
+
+
+def test_one_interval_of_good_or_bad_luck_decides_nothing():
+    pace = Pace()
+    for number, luck in enumerate([1.0, 1.3, 0.9]):  # a burst while it takes its first look
+        pace.observe(ONE * FIRST * luck, number * INTERVAL)
+    assert pace.target == 2 * FIRST
+    for number, luck in enumerate([0.2, 0.7, 1.1], start=3):  # and a hiccup at the next
+        pace.observe(ONE * 2 * FIRST * luck, number * INTERVAL)
+    assert pace.target == 4 * FIRST
 
 
 def test_the_interval_in_which_connections_are_still_opening_decides_nothing():
     pace = Pace()
     pace.observe(0.0, 0.0)
     assert pace.target == FIRST
-    pace.observe(ONE * FIRST, 0.1)
+    for look in range(1, 1 + LOOKS):
+        pace.observe(ONE * FIRST, look * INTERVAL)
     assert pace.target == 2 * FIRST
 
-    pace.observe(0.0, 0.2)  # the new ones are on their way
+    pace.observe(0.0, (1 + LOOKS) * INTERVAL)  # the new ones are on their way
 
     assert pace.target == 2 * FIRST
 
