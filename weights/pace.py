@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 # Connections to begin with. On a free wire more bring nothing, and where each is slow the doubling below is quick. Over
 # TLS each costs far more of the interpreter.
 FIRST = 4
 FIRST_OVER_TLS = 2
 LIMIT = 64
 WORTH_IT = 1.12  # a step up is kept when the rate grew by so much
+# Bytes per second over one connection, from which on it keeps a good part of a core busy: with as many such connections
+# as cores, more of them bring nothing, and trying costs.
+FAST = 250e6
+FIRST_STEP = 4  # times as many: S3 gives some 90 MB/s a connection, and a model is soon read
+STEP = 2
 LOOKS = 2  # intervals that a rate is the mean of: in one, a few reads more or less make a tenth
 # Seconds after which a settled pace tries again whether more has become worth it. At first soon, since what looked like
 # no gain may have been a hiccup; twice as long after each further try in vain.
@@ -23,11 +30,18 @@ class Pace:
     """
 
     def __init__(
-        self, pinned: int | None = None, limit: int = LIMIT, *, first: int = FIRST
+        self,
+        pinned: int | None = None,
+        limit: int = LIMIT,
+        *,
+        first: int = FIRST,
+        cores: int | None = None,
     ) -> None:
         self.target = min(first, limit) if pinned is None else min(pinned, limit)
         self._pinned = pinned is not None
         self._limit = limit
+        self._cores = cores or usable_cores()
+        self._step = FIRST_STEP
         self._before: tuple[int, float] | None = (
             None  # connections and rate that the last step started from
         )
@@ -55,11 +69,15 @@ class Pace:
             self._before = None
             self._quiet_until = now + self._patience
             self._patience = min(2 * self._patience, SETTLED_AT_MOST)
-        elif self.target < self._limit:
+        elif self.target < self._limit and not self._cores_are_busy(rate):
             if self._before is not None:
                 self._patience = SETTLED_FOR
             self._before = (self.target, rate)
-            self._set(min(2 * self.target, self._limit))
+            self._set(min(self._step * self.target, self._limit))
+            self._step = STEP
+
+    def _cores_are_busy(self, rate: float) -> bool:
+        return self.target >= self._cores and rate >= FAST * self.target
 
     def throttled(self, now: float) -> None:
         """The server asked for patience: halve, and do not grow for a while. A pinned number stays."""
@@ -77,3 +95,10 @@ class Pace:
 
 def first_connections(over_tls: bool) -> int:
     return FIRST_OVER_TLS if over_tls else FIRST
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; a container's share of their time is not looked at."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -35,16 +35,16 @@ class TlsContext:
     def __init__(self, bundle: str) -> None:
         lib, ffi = _openssl()
         found = lib.SSL_CTX_new(lib.TLS_client_method())
+        _check(found != ffi.NULL, "TLS")
         self.pointer = ffi.gc(found, lib.SSL_CTX_free)
-        lib.SSL_CTX_set_min_proto_version(self.pointer, lib.TLS1_2_VERSION)
-        lib.SSL_CTX_set_ciphersuites(self.pointer, SUITES)
+        _check(lib.SSL_CTX_set_min_proto_version(self.pointer, lib.TLS1_2_VERSION), "TLS 1.2")
+        _check(lib.SSL_CTX_set_ciphersuites(self.pointer, SUITES), "TLS 1.3's ciphers")
         lib.SSL_CTX_set_verify(self.pointer, lib.SSL_VERIFY_PEER, ffi.NULL)
         os.stat(bundle)  # noqa: PTH116 - OpenSSL's own words for a missing file name none
         is_folder = os.path.isdir(bundle)  # noqa: PTH112 - a string from the environment, looked at once
         name = os.fsencode(bundle)
         file, folder = (ffi.NULL, name) if is_folder else (name, ffi.NULL)
-        if lib.SSL_CTX_load_verify_locations(self.pointer, file, folder) != 1:
-            raise TlsError(f"{bundle}: {_reason()}")
+        _check(lib.SSL_CTX_load_verify_locations(self.pointer, file, folder), bundle)
 
 
 def tls_context() -> TlsContext:
@@ -72,10 +72,12 @@ class TlsStream:
         lib, ffi = _openssl()
         self._lib, self._ffi = lib, ffi
         self._plain = plain
-        self._session = ffi.gc(lib.SSL_new(context.pointer), lib.SSL_free)
+        found = lib.SSL_new(context.pointer)
+        _check(found != ffi.NULL, "a TLS session")
+        self._session = ffi.gc(found, lib.SSL_free)
         self._failure: OSError | None = None  # what ended the stream, after bytes that came before
         self._expect(host)
-        lib.SSL_set_fd(self._session, plain.fileno())
+        _check(lib.SSL_set_fd(self._session, plain.fileno()), "the TLS session's socket")
         lib.SSL_set_connect_state(self._session)
         lib.ERR_clear_error()
         result = lib.SSL_do_handshake(self._session)
@@ -133,12 +135,12 @@ class TlsStream:
                 parameters,
                 lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT,
             )
-            accepted = lib.X509_VERIFY_PARAM_set1_host(parameters, name, len(name))
+            # For an empty name OpenSSL would check none.
+            known = name and lib.X509_VERIFY_PARAM_set1_host(parameters, name, len(name))
+            _check(known or 0, repr(host))
             lib.SSL_set_tlsext_host_name(session, name)
         else:
-            accepted = lib.X509_VERIFY_PARAM_set1_ip(parameters, address, len(address))
-        if accepted != 1:
-            raise TlsError(f"no certificate can be for {host!r}: {_reason()}")
+            _check(lib.X509_VERIFY_PARAM_set1_ip(parameters, address, len(address)), host)
 
     def _assert_open(self) -> None:
         """OpenSSL knows the socket by its number, which may be another's once it is closed."""
@@ -174,6 +176,12 @@ def _openssl() -> tuple[Any, Any]:
 
     binding = Binding()
     return binding.lib, binding.ffi
+
+
+def _check(accepted: int, what: str) -> None:
+    """Raise a TlsError that says `what`, where OpenSSL has not accepted it."""
+    if accepted != 1:
+        raise TlsError(f"{what}: {_reason()}")
 
 
 def _reason() -> str:

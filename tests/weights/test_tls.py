@@ -391,6 +391,12 @@ def test_a_name_that_is_only_the_subjects_common_name_is_refused(authority):
     assert "is not for" in handshake(context, "bucket.example")
 
 
+def test_no_server_can_be_nobody():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(TlsError, match="''"):
+        TlsStream(ours, tls_context(), "")
+
+
 def handshake(context: ssl.SSLContext, host: str) -> str:
     """One handshake with a server of that certificate, which is to be `host`; why it was refused, or nothing."""
     ours, theirs = socket.socketpair()
