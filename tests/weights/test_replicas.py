@@ -20,6 +20,7 @@ from tests.support.fault_proxy import Fault, FaultKind, FaultProxy, scripted
 from tests.support.object_server import ObjectServer
 from tests.weights.folder_bucket import MODEL, PublishedFolder, write_published
 from tests.weights.replica import digest_of
+from weights.cache_entry import LANDED
 from weights.chunks import CHUNK_SIZE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -211,13 +212,20 @@ def test_replicas_go_on_when_the_one_that_fills_the_cache_is_killed(
     assert sent == owed
 
 
-def test_a_replica_that_was_killed_leaves_what_it_had_filled(server, published, start):
+def test_a_replica_that_was_killed_leaves_what_it_had_filled(server, published, start, cache):
     stall = Fault(FaultKind.STALL, at=1)
     decide = scripted([(f"*/{UNET}", stall, None, 2)])
     with FaultProxy(server.endpoint_url, decide) as proxy:
         (victim,) = start("thread", endpoint_url=proxy.endpoint_url)
         victim.begin()
         until(lambda: any(record.fault for record in proxy.requests), "the replica never stalls")
+        until(
+            lambda: any(
+                len(state) > 1 and state[0] == LANDED[0]
+                for state in (path.read_bytes() for path in (cache / "v1").glob("*.state"))
+            ),
+            "the large file's first chunk never lands",
+        )
         victim.kill()
     server.forget_requests()
 
