@@ -95,6 +95,10 @@ class WeightFile:
                 return self._early(chunk)[offset:]
             position = chunk.start + offset
             number = bisect.bisect_right(self._run_starts, position) - 1
+            if number < 0 or not self._runs:
+                raise TypeError(
+                    "only host memory can be read into directly, and only where tensors lie"
+                )
             start = self._run_starts[number]
             return self._runs[number][position - start : chunk.end - start]
 
@@ -146,15 +150,16 @@ class WeightFile:
             return False
         head = b"".join(self._waiting[index] for index in spanned[:-1])
         head += self._waiting[spanned[-1]][: length - len(head)]
-        self._places = parse_header(head, self._where, self.file.size)
-        self._targets = self._destination.reserve(self.file.path, self._places)
-        self._ends = [place.end for place in self._places]
-        self._missing = [place.end - place.start for place in self._places]
-        self._left = len(self._places)
+        places = parse_header(head, self._where, self.file.size)
+        self._targets = self._destination.reserve(self.file.path, places)
+        self._ends = [place.end for place in places]
+        self._missing = [place.end - place.start for place in places]
+        self._left = len(places)
         if all(isinstance(target, HostTarget) for target in self._targets):
-            runs = runs_of(self._places, self._targets)
+            runs = runs_of(places, self._targets)
             self._run_starts = [start for start, _ in runs]
             self._runs = [memory for _, memory in runs]
+        self._places = places  # last: from here on there is room for everybody
         return True
 
     def _copy_early(self, chunk: Chunk) -> list[int]:

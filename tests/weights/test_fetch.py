@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from weights.transport import Patience
 
 CHUNKS = AHEAD + 7
 FILE = "unet/diffusion_pytorch_model.safetensors"
-DEADLINE = 60.0  # seconds
+DEADLINE = 10.0  # seconds
 
 
 class HoldingServer(ObjectServer):
@@ -39,10 +38,9 @@ class HoldingServer(ObjectServer):
     def _answer(self, client, request: Head) -> None:
         wanted = request.get("range")
         if FILE in request.start and wanted and wanted.startswith("bytes=0-"):
-            for _ in range(self._enough):
-                self._others.acquire(timeout=DEADLINE)
-            time.sleep(0.3)  # whoever would ask for more than that has the time to do so
-            self.asked_before_the_header = self._enough + self._others._value
+            waits = [DEADLINE] * self._enough + [0.3]  # the last: for who would ask for more
+            asked = [self._others.acquire(timeout=seconds) for seconds in waits]
+            self.asked_before_the_header = sum(asked)
         elif FILE in request.start:
             self._others.release()
         super()._answer(client, request)
