@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weights.objects import ObjectReader
 
 REQUEST_CHUNKS = 2  # in one request: 32 MiB, the most that TAG keeps of one range
-AHEAD = 6  # chunks at once that are read before it is known where they belong: each is copied, and memory beside
+AHEAD = 6  # chunks at once that are read before it is known where they belong; each is copied when it is
 INTERVAL = 0.1  # seconds between two looks at the rate
 CLAIMED_ELSEWHERE = 0.01  # seconds between two looks at chunks that another process is fetching
 HEDGE_AFTER = 3.0  # times the median time of a chunk
@@ -134,8 +134,8 @@ class Fetcher:
     def _hire(self) -> None:
         with self._changed:
             self._threads = [thread for thread in self._threads if thread.is_alive()]
-            ahead = AHEAD - sum(self._ahead.values()) if any(self._rests.values()) else 0
-            work = self._working + len(self._waiting) + len(self._elsewhere) + max(ahead, 0)
+            ahead = self._allowed_ahead() if any(self._rests.values()) else 0
+            work = self._working + len(self._waiting) + len(self._elsewhere) + ahead
             missing = min(self._pace.target, work) - self._working
             for _ in range(missing):
                 thread = threading.Thread(target=self._work, name="weights-read", daemon=True)
@@ -183,13 +183,14 @@ class Fetcher:
 
     def _take_ahead(self) -> list[Chunk]:
         """The next chunk of a file whose first has not landed yet; none where enough of them are on their way."""
-        if sum(self._ahead.values()) >= AHEAD:
-            return []
         for path, rest in self._rests.items():
-            if rest:
+            if rest and self._allowed_ahead():
                 self._ahead[path] = self._ahead.get(path, 0) + 1
                 return [rest.pop(0)]
         return []
+
+    def _allowed_ahead(self) -> int:
+        return AHEAD - sum(self._ahead.values())
 
     def _take_off(self, chunks: Sequence[Chunk], after: float = 0.0) -> Flight:
         flight = Flight(self._route, chunks, after=after)

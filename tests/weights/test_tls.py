@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import datetime as dt
-import gc
 import hashlib
-import ipaddress
 import select
 import socket
 import ssl
-import struct
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tests.support.authority import DAY, NAME, Authority
 from tests.support.object_server import LoopbackServer, ObjectServer, Wire
 from tests.weights.folder_bucket import (
     BUCKET,
@@ -35,7 +24,6 @@ from tests.weights.folder_bucket import (
     write_published,
 )
 from weights import BucketError, ReadOptions, open_model
-from weights.tls import TlsError, TlsStream, UntrustedError, tls_context
 from weights.transport import Patience
 
 READERS = ["thread", "process"]
@@ -44,113 +32,6 @@ VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 PATIENT = Patience(connect=20.0, stall=20.0, pause=0.005)
 REFUSED = "the server's TLS certificate was not accepted"
 LATEST = f"/{BUCKET}/{MODEL}/latest.json"
-AUTHORITY = "A throw-away authority"
-DAY = dt.timedelta(days=1)
-
-
-# Certificates
-
-
-class Authority:
-    """A throw-away certificate authority; `bundle` is the file that makes a client trust it."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = _name(AUTHORITY)
-        self._certificate = (
-            _builder(self._name, self._name, self._key)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(signs_certificates=True), critical=True)
-            .sign(self._key, hashes.SHA256())
-        )
-        self.bundle = folder / "authority.pem"
-        self.bundle.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
-
-    def context(
-        self,
-        *names: str,
-        valid_for: dt.timedelta = DAY,
-        version: ssl.TLSVersion | None = None,
-        alternatives: Sequence[str] | None = None,
-    ) -> ssl.SSLContext:
-        """A server's side of TLS, with a certificate for these host names and addresses.
-
-        The first is its common name; `alternatives` are the names it is for, where they are not the same.
-        """
-        key = ec.generate_private_key(ec.SECP256R1())
-        issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
-        certificate = (
-            _builder(_name(names[0]), self._name, key, valid_for)
-            .add_extension(
-                x509.SubjectAlternativeName([_alternative(name) for name in alternatives or names]),
-                critical=False,
-            )
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .add_extension(issuer_id, critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
-        file = self._folder / f"{certificate.serial_number}.pem"
-        file.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-            + certificate.public_bytes(serialization.Encoding.PEM)
-        )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(file)
-        if version is not None:
-            context.minimum_version = context.maximum_version = version
-        return context
-
-
-def _name(common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
-
-def _alternative(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _builder(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    valid_for: dt.timedelta = DAY,
-) -> x509.CertificateBuilder:
-    now = dt.datetime.now(dt.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - 2 * DAY)
-        .not_valid_after(now + valid_for)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 # Servers
@@ -380,154 +261,12 @@ def test_a_certificate_for_an_address_is_accepted_at_that_address(server, publis
             assert_whole(stream, published)
 
 
-def test_a_certificate_for_all_names_of_a_domain_is_accepted_for_one_of_them_and_no_deeper(
-    authority,
-):
-    context = authority.context("*.buckets.example")
-    assert handshake(context, "mine.buckets.example") == ""
-    for host in ("buckets.example", "a.mine.buckets.example", "mine.buckets.example.org"):
-        assert "is not for" in handshake(context, host)
-
-
-def test_a_name_that_is_only_the_subjects_common_name_is_refused(authority):
-    context = authority.context("bucket.example", alternatives=["127.0.0.1"])
-    assert "is not for" in handshake(context, "bucket.example")
-
-
-def test_a_certificate_for_a_part_of_a_name_is_refused(authority):
-    context = authority.context("b*.example.org")
-    assert "is not for" in handshake(context, "bucket.example.org")
-
-
-def test_a_name_may_end_with_a_dot(authority):
-    assert handshake(authority.context("bucket.example"), "bucket.example.") == ""
-
-
-@pytest.mark.parametrize("host", ["a..b", 64 * "a" + ".example"])
-def test_what_is_no_name_is_named(authority, host):
-    with pytest.raises(TlsError, match="is no host's name"):
-        handshake(authority.context("localhost"), host)
-
-
-@pytest.mark.parametrize("suite", ["AES128-SHA", "AES256-GCM-SHA384", "ECDHE-ECDSA-AES128-SHA"])
-def test_suites_without_forward_secrecy_or_with_sha1_are_not_offered(suite):
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.settimeout(60)
-        greeting = threading.Thread(target=_try_to_greet, args=(ours,))
-        greeting.start()
-        hello = theirs.recv(64 * 1024)
-        theirs.close()
-        greeting.join()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.set_ciphers(f"{suite}:@SECLEVEL=0")
-    (number,) = (c["id"] & 0xFFFF for c in context.get_ciphers() if c["name"] == suite)
-    assert number not in offered_suites(hello)
-    assert 0xC02B in offered_suites(hello)  # ECDHE-ECDSA-AES128-GCM-SHA256
-
-
-def _try_to_greet(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        TlsStream(connection, tls_context(), "localhost")
-
-
-def offered_suites(hello: bytes) -> list[int]:
-    """The cipher suites of a ClientHello, in its order (RFC 8446, 4.1.2)."""
-    at = 5 + 4 + 2 + 32  # the record's head, the handshake's, version and random
-    at += 1 + hello[at]  # the session's id
-    length = int.from_bytes(hello[at : at + 2])
-    found = hello[at + 2 : at + 2 + length]
-    return [int.from_bytes(found[i : i + 2]) for i in range(0, length, 2)]
-
-
-def test_a_read_that_timed_out_holds_on_to_no_memory(authority):
-    ours, theirs = socket.socketpair()
-    accepted = threading.Event()
-    accepting = threading.Thread(target=_accept_and_wait, args=(authority, theirs, accepted))
-    accepting.start()
-    stream = TlsStream(ours, tls_context(), "localhost")
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, 1000))
-    into = memoryview(bytearray(100))
-    gc.disable()
-    try:
-        with pytest.raises(TimeoutError) as caught:
-            stream.recv_into(into, whole=True, seconds=60)
-        del caught
-        held = weakref.ref(into)
-        del into
-        assert held() is None
-    finally:
-        gc.enable()
-        accepted.set()
-        accepting.join()
-        ours.close()
-
-
-def _accept_and_wait(
-    authority: Authority, connection: socket.socket, ended: threading.Event
-) -> None:
-    with authority.context("localhost").wrap_socket(connection, server_side=True):
-        ended.wait(60)
-
-
-def test_no_server_can_be_nobody():
-    ours, theirs = socket.socketpair()
-    with ours, theirs, pytest.raises(TlsError, match="''"):
-        TlsStream(ours, tls_context(), "")
-
-
-def handshake(context: ssl.SSLContext, host: str) -> str:
-    """One handshake with a server of that certificate, which is to be `host`; why it was refused, or nothing."""
-    ours, theirs = socket.socketpair()
-    accepting = threading.Thread(target=_accept, args=(context, theirs))
-    accepting.start()
-    try:
-        TlsStream(ours, tls_context(), host)
-    except UntrustedError as refusal:
-        return str(refusal)
-    else:
-        return ""
-    finally:
-        ours.close()
-        accepting.join()
-
-
-def _accept(context: ssl.SSLContext, connection: socket.socket) -> None:
-    with connection, contextlib.suppress(OSError):
-        context.wrap_socket(connection, server_side=True).close()
-
-
-def test_what_came_before_an_error_counts_and_the_error_comes_with_the_next_read(authority):
-    ours, theirs = socket.socketpair()
-
-    def send_a_record_and_then_noise() -> None:
-        secure = authority.context("localhost").wrap_socket(theirs, server_side=True)
-        secure.sendall(b"whole")
-        plain = socket.socket(fileno=secure.detach())
-        plain.sendall(b"\x17\x03\x03\x00\x20" + b"no record of ours".ljust(32))
-        plain.close()
-
-    sending = threading.Thread(target=send_a_record_and_then_noise)
-    sending.start()
-    stream = TlsStream(ours, tls_context(), "localhost")
-    into = memoryview(bytearray(100))
-    assert stream.recv_into(into, whole=True, seconds=60) == 5
-    assert bytes(into[:5]) == b"whole"
-    for _ in range(2):
-        with pytest.raises(TlsError, match="bad record mac"):
-            stream.recv_into(into, whole=True, seconds=60)
-    sending.join()
-    ours.close()
-    with pytest.raises(ConnectionAbortedError):  # its number may be another socket's by now
-        stream.recv_into(into, whole=True, seconds=60)
-
-
 def test_a_folder_of_authorities_is_a_bundle_too(
     server, published, authority, stranger, monkeypatch, tmp_path
 ):
     for number, bundle in enumerate([stranger.bundle, authority.bundle]):
         # As `openssl rehash` names them; the two have the same subject.
-        (tmp_path / f"{subject_hash(AUTHORITY)}.{number}").write_bytes(bundle.read_bytes())
+        (tmp_path / f"{subject_hash(NAME)}.{number}").write_bytes(bundle.read_bytes())
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path))
     context = authority.context("localhost")
     with TlsFront(server, lambda _: context) as front:
