@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weights.objects import ObjectReader
 
 REQUEST_CHUNKS = 2  # in one request: 32 MiB, the most that TAG keeps of one range
-AHEAD = 6  # chunks at once that are read before it is known where they belong; each is copied when it is
+AHEAD = 12  # chunks at once that are read before it is known where they belong; each is copied when it is
 INTERVAL = 0.1  # seconds between two looks at the rate
 CLAIMED_ELSEWHERE = 0.01  # seconds between two looks at chunks that another process is fetching
 HEDGE_AFTER = 3.0  # times the median time of a chunk

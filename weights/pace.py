@@ -13,7 +13,7 @@ WORTH_IT = 1.12  # a step up is kept when the rate grew by so much
 # Bytes per second over one connection, from which on it keeps a good part of a core busy: with as many such connections
 # as cores, more of them bring nothing, and trying costs.
 FAST = 250e6
-FIRST_STEP = 4  # times as many: S3 gives some 90 MB/s a connection, and a model is soon read
+FIRST_STEP = 8  # times as many: S3 gives some 90 MB/s a connection, and a model is soon read
 STEP = 2
 LOOKS = 2  # intervals that a rate is the mean of: in one, a few reads more or less make a tenth
 # Seconds after which a settled pace tries again whether more has become worth it. At first soon, since what looked like

@@ -154,8 +154,8 @@ def _options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--connections",
         type=_list_of(_count),
-        default=[4, 8, 16],
-        help="where raw sockets and this loader are compared on the limited wire (default: 4,8,16)",
+        default=[4, 8, 16, 32],
+        help="where raw sockets and this loader are compared on the limited wire (default: 4,8,16,32)",
     )
     parser.add_argument(
         "--replicas", type=_count, default=8, help="how many at once (default: %(default)s)"

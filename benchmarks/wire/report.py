@@ -27,16 +27,17 @@ is a fresh process, timed inside it from the call to all bytes in memory (or on 
 after its imports. Every round runs all ways in a new order; times are medians. Everyone is told the same endpoint,
 path style, keys (nginx checks none) and certificate authority.
 
-Before every measurement a process touches three times the model's size of fresh memory and ends. Virtual machines
-that report free pages to their host give freed memory back within seconds, and the first touch of it then costs up to
-2.5 s/GiB instead of 0.17: whoever ran after a large process would have looked faster. This way all meet warm memory.
+Before every measurement a process touches three times the model's size of fresh memory, holds it for 2.6 s and ends.
+Virtual machines that report free pages to their host give freed memory back within seconds, and the first touch of it
+then costs up to 2.5 s/GiB instead of 0.17: whoever ran after a large process would have looked faster. This way all
+meet warm memory, and for the next 2 s nothing of it is given back.
 """
 SAME_RAW = "Of raw: the speed beside the fastest raw sockets into a reused buffer; pinned ways, of as many connections."
 RATIO = "Ours to it: how many times as fast this loader is, verifying, with its own choice of connections."
 
 IN_THREADS = (
-    "This loader reads in threads here, where nothing runs beside it; a server, whose imports do, reads TLS in a "
-    "process of its own, which costs a copy."
+    "This loader reads in threads where nothing runs beside it, as here; a server, whose imports do, reads TLS in a "
+    "process of its own, which costs a copy and that process's start."
 )
 
 

@@ -14,6 +14,7 @@ RAW = "raw sockets"
 FRESH = "raw sockets, into fresh memory"
 OURS = "this loader"
 UNVERIFIED = "this loader, unverified"
+IN_A_PROCESS = "this loader, in a process of its own"
 PEERS = "benchmarks.wire.peers"
 LOADER = "benchmarks.wire.ours:prepare"
 RAW_CONNECTIONS = (2, 4, 8)
@@ -34,6 +35,8 @@ def ways(wire: Wire, pins: Sequence[int]) -> list[Way]:
         Way(OURS, OURS, LOADER),
         Way(UNVERIFIED, UNVERIFIED, LOADER, {"verify": False}),
     ]
+    if wire == "tls":
+        found.append(Way(IN_A_PROCESS, IN_A_PROCESS, LOADER, {"reader": "process"}))
     if pinned:
         found += [
             Way(f"{OURS}, {number} connections", OURS, LOADER, {"connections": number}, number)
