@@ -1,4 +1,4 @@
-"""A StableDiffusionXLPipeline from config files and a stream of tensors, without a second copy of the weights.
+"""A diffusers pipeline from config files and a stream of tensors, without a second copy of the weights.
 
 The modules are built empty, on the meta device; each tensor becomes its parameter the moment it lands. Where the
 bytes come from, and whether they are the right ones, is the weights room's business.
@@ -8,18 +8,14 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
-from diffusion.components import (
-    MODULES,
-    TOKENIZERS,
-    build_module,
-    build_scheduler,
-    build_tokenizer,
-    check_components,
-)
+from diffusion.components import build_module, build_scheduler, build_tokenizer, parts_of
+from diffusion.errors import ModelError
+from diffusion.families import Architecture
 from diffusion.landing import LandedTensor, Landing, Problems
 from diffusion.recipe import Recipe, read_config
 
@@ -33,7 +29,7 @@ def build_pipeline(
     *,
     device: torch.device,
     dtype: torch.dtype | None,
-) -> StableDiffusionXLPipeline:
+) -> DiffusionPipeline:
     """The pipeline that stock `from_pretrained` would give, on `device` in `dtype`, with the recipe's scheduler.
 
     Args:
@@ -45,24 +41,38 @@ def build_pipeline(
     Raises `ModelError` when a config asks for what is not supported, or tensors are missing, unexpected or misshapen.
     Whatever `tensors` itself raises passes through.
     """
-    check_components(configs)
-    scheduler = build_scheduler(recipe.scheduler, configs)
-    modules: dict[str, Any] = {name: build_module(name, configs) for name in MODULES}
-    tokenizers = {
-        tokenizer: build_tokenizer(
-            tokenizer, configs, max_tokens=modules[encoder].config.max_position_embeddings
-        )
-        for tokenizer, encoder in TOKENIZERS.items()
-    }
-    _land(tensors, modules, device, dtype)
-
+    architecture = recipe.architecture
     index = read_config(configs, "model_index.json")
-    pipeline = StableDiffusionXLPipeline(
-        **modules,
-        **tokenizers,
+    if index.get("_class_name") != architecture.pipeline:
+        raise ModelError(
+            f"The model's recipe is for a {architecture.pipeline}, but its model_index.json says "
+            f"{index.get('_class_name')!r}. Publish the model again."
+        )
+    present = parts_of(configs, architecture)
+    scheduler = build_scheduler(recipe.scheduler, configs)
+    modules: dict[str, Any] = {
+        name: build_module(name, kind, configs)
+        for name, kind in architecture.modules.items()
+        if name in present
+    }
+    tokenizers = {
+        name: build_tokenizer(
+            name,
+            tokenizer.kind,
+            configs,
+            max_tokens=tokenizer.max_tokens
+            or modules[tokenizer.encoder].config.max_position_embeddings,
+        )
+        for name, tokenizer in architecture.tokenizers.items()
+        if name in present
+    }
+    _land(tensors, modules, architecture, device, dtype)
+
+    pipeline: DiffusionPipeline = getattr(diffusers, architecture.pipeline)(
+        **dict.fromkeys(architecture.optional) | modules | tokenizers,
         scheduler=scheduler,
-        force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
-        add_watermarker=False,  # diffusers marks every image where invisible-watermark happens to be installed
+        **{name: index.get(name, default) for name, default in architecture.settings.items()},
+        **architecture.arguments,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -71,11 +81,12 @@ def build_pipeline(
 def _land(
     tensors: Iterable[LandedTensor],
     modules: Mapping[str, nn.Module],
+    architecture: Architecture,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
     landings = {
-        name: Landing(name, module, device=device, dtype=module_dtype(module, dtype))
+        name: Landing(name, module, device=device, dtype=module_dtype(module, architecture, dtype))
         for name, module in modules.items()
     }
     problems = Problems()
@@ -86,7 +97,9 @@ def _land(
             landings[component].take(landed, problems)
         elif landed.path not in ignored:
             ignored.add(landed.path)
-            logger.warning("Ignoring %s: it belongs to no part of an SDXL pipeline.", landed.path)
+            logger.warning(
+                "Ignoring %s: it belongs to no part of a %s.", landed.path, architecture.pipeline
+            )
         # Or its memory would outlive it by one turn, while the next tensor takes as much.
         del landed
     for landing in landings.values():
@@ -94,11 +107,13 @@ def _land(
     problems.raise_if_any()
 
 
-def module_dtype(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+def module_dtype(
+    module: nn.Module, architecture: Architecture, dtype: torch.dtype | None
+) -> torch.dtype | None:
     """What a module's tensors become in a pipeline of `dtype`."""
     # SDXL's own VAE overflows in float16 and says so. Stock diffusers casts it to float32 and back for every decode;
     # keeping it there costs 170 MB and nothing per image. From a float16 file it decodes to the same pixels; from a
     # float32 one it keeps the bits that stock rounds away while loading.
-    if isinstance(module, AutoencoderKL) and dtype == torch.float16 and module.config.force_upcast:
-        return torch.float32
+    if isinstance(module, AutoencoderKL) and architecture.upcasts_vae and dtype == torch.float16:
+        return torch.float32 if module.config.force_upcast else dtype
     return dtype

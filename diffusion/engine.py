@@ -12,7 +12,7 @@ from threading import Event
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusion.device import ran_out_of_memory
@@ -44,14 +44,9 @@ class GeneratedImage:
     version: str | None = None
 
 
-@dataclass(frozen=True)
-class _Embeddings:
-    """What the text encoders made of a request; the negative half is None without guidance."""
-
-    prompt: torch.Tensor  # (1, 77, 2048)
-    negative_prompt: torch.Tensor | None
-    pooled: torch.Tensor  # (1, 1280)
-    negative_pooled: torch.Tensor | None
+# What the text encoders made of a request, by the names that the pipeline's `__call__` takes; what guidance needs is
+# None without it.
+_Embeddings = dict[str, torch.Tensor | None]
 
 
 class _CancelledError(Exception):
@@ -62,14 +57,27 @@ class _CancelledError(Exception):
 class _Model:
     """One version, whole: who holds this has parts that belong together."""
 
-    pipeline: StableDiffusionXLPipeline
+    pipeline: DiffusionPipeline
     recipe: Recipe
     version: str | None
 
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipeline, self.recipe.architecture.denoiser)
+
     def plan(self, request: GenerationRequest) -> Plan:
-        halvings = len(self.pipeline.unet.config.block_out_channels) - 1
-        multiple = self.pipeline.vae_scale_factor * 2**halvings
-        return plan(request, self.recipe, size_multiple=multiple)
+        config, scale = self.denoiser.config, self.pipeline.vae_scale_factor
+        # A transformer cuts latents into patches; a UNet halves them once per block after the first.
+        patch = config.get("patch_size")
+        multiple = scale * (patch or 2 ** (len(config["block_out_channels"]) - 1))
+        # Patches beyond the table of their positions have no place.
+        largest = config.get("pos_embed_max_size") if patch else None
+        return plan(
+            request,
+            self.recipe,
+            size_multiple=multiple,
+            largest_size=largest * multiple if largest else None,
+        )
 
 
 class Engine:
@@ -79,11 +87,11 @@ class Engine:
     """
 
     def __init__(
-        self, pipeline: StableDiffusionXLPipeline, recipe: Recipe, version: str | None = None
+        self, pipeline: DiffusionPipeline, recipe: Recipe, version: str | None = None
     ) -> None:
         self._model = _Model(pipeline, recipe, version)
-        self._device: torch.device = pipeline.unet.device
-        self._dtype: torch.dtype = pipeline.unet.dtype
+        self._device: torch.device = self._model.denoiser.device
+        self._dtype: torch.dtype = self._model.denoiser.dtype
         self._gate = Gate()
         self._turns = Turns()
 
@@ -97,7 +105,7 @@ class Engine:
         return self._model.version
 
     @property
-    def _pipeline(self) -> StableDiffusionXLPipeline:
+    def _pipeline(self) -> DiffusionPipeline:
         return self._model.pipeline
 
     def generate(
@@ -219,17 +227,22 @@ class Engine:
         )
 
     def _encode(self, plan: Plan) -> _Embeddings:
+        architecture = self.recipe.architecture
+        # A denoiser that is told the guidance scale needs no second pass without the prompt.
+        told = self._model.denoiser.config.get("time_cond_proj_dim") is not None
+        guided = plan.guidance_scale > 1 and not told
         self._log_dropped_tokens("prompt", plan.prompt)
-        guided = plan.guidance_scale > 1 and self._pipeline.unet.config.time_cond_proj_dim is None
         if guided and plan.negative_prompt is not None:
             self._log_dropped_tokens("negative_prompt", plan.negative_prompt)
-        prompt, negative_prompt, pooled, negative_pooled = self._pipeline.encode_prompt(
+        encoded = self._pipeline.encode_prompt(
             prompt=plan.prompt,
             negative_prompt=plan.negative_prompt,
+            **dict.fromkeys(architecture.further_prompts),
             device=self._device,
+            num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
         )
-        return _Embeddings(prompt, negative_prompt, pooled, negative_pooled)
+        return dict(zip(architecture.embeddings, encoded, strict=True))
 
     def _denoise(
         self, plan: Plan, embeddings: _Embeddings, seed: int, cancelled: Event
@@ -249,10 +262,7 @@ class Engine:
         # A scheduler counts its steps and remembers past ones; an image that failed must not hand those on.
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         latents: torch.Tensor = pipeline(
-            prompt_embeds=embeddings.prompt,
-            negative_prompt_embeds=embeddings.negative_prompt,
-            pooled_prompt_embeds=embeddings.pooled,
-            negative_pooled_prompt_embeds=embeddings.negative_pooled,
+            **embeddings,
             width=plan.width,
             height=plan.height,
             num_inference_steps=plan.steps,
@@ -276,24 +286,30 @@ class Engine:
             scaled = scaled + scaled.new_tensor(mean).view(shape)
         else:
             scaled = scaled / vae.config.scaling_factor
+        if vae.config.shift_factor is not None:
+            scaled = scaled + vae.config.shift_factor
         pixels = vae.decode(scaled, return_dict=False)[0]
         if not torch.isfinite(pixels).all():
-            raise NonFiniteError(_explain_non_finite(latents, vae.dtype, seed))
+            upcasts = self.recipe.architecture.upcasts_vae
+            raise NonFiniteError(_explain_non_finite(latents, vae.dtype, seed, upcasts))
         image: Image.Image = self._pipeline.image_processor.postprocess(pixels, output_type="pil")[
             0
         ]
         return image
 
     def _log_dropped_tokens(self, name: str, text: str) -> None:
-        tokenizer = self._pipeline.tokenizer
-        tokens = len(tokenizer(text).input_ids)
-        if tokens > tokenizer.model_max_length:
+        """Warn of what no encoder reads; what only the shorter of them drop, the longest still sees."""
+        pipeline = self._pipeline
+        tokenizers = [getattr(pipeline, part) for part in self.recipe.architecture.tokenizers]
+        longest = max(filter(None, tokenizers), key=lambda found: int(found.model_max_length))
+        tokens = len(longest(text).input_ids)
+        if tokens > longest.model_max_length:
             logger.warning(
-                "The %s is %d tokens long: the last %d were dropped, since CLIP reads only %d.",
+                "The %s is %d tokens long: the last %d were dropped, since the text encoder reads only %d.",
                 name,
                 tokens,
-                tokens - tokenizer.model_max_length,
-                tokenizer.model_max_length,
+                tokens - longest.model_max_length,
+                longest.model_max_length,
             )
 
     @contextmanager
@@ -310,7 +326,9 @@ def _stop_if(cancelled: Event, state: str) -> None:
         raise _CancelledError(state)
 
 
-def _explain_non_finite(latents: torch.Tensor, vae_dtype: torch.dtype, seed: int) -> str:
+def _explain_non_finite(
+    latents: torch.Tensor, vae_dtype: torch.dtype, seed: int, is_sdxl: bool
+) -> str:
     if not torch.isfinite(latents).all():
         return (
             f"Denoising seed {seed} gave latents with NaN or infinity (in {latents.dtype}), which would decode to a "
@@ -319,7 +337,7 @@ def _explain_non_finite(latents: torch.Tensor, vae_dtype: torch.dtype, seed: int
     fix = (
         "SDXL's own VAE overflows in float16: publish the model with madebyollin/sdxl-vae-fp16-fix as its vae, or "
         "run it in bfloat16"
-        if vae_dtype == torch.float16
+        if vae_dtype == torch.float16 and is_sdxl
         else "Check the VAE the model was published with"
     )
     return f"Decoding seed {seed} gave NaN or infinity (VAE in {vae_dtype}), which would be a black image. {fix}."

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, PreTrainedModel
 
 from diffusion.dtypes import DTYPES
 from diffusion.errors import ModelError
@@ -115,6 +115,12 @@ class Landing:
         # Older files carry CLIP's position ids, which newer modules compute: expected, and not needed.
         self._computed = {name for name, _ in module.named_buffers()} - self._slots.keys()
         self._aliases = _aliases(module, self._slots.keys() | self._computed)
+        # One tensor under two names (T5's embedding): files hold it under either, or both.
+        self._tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+
+    def slot(self, name: str) -> Slot:
+        """Where the tensor lies that files call `name`. Raises KeyError."""
+        return self._slots[self._aliases.get(name, name)]
 
     def take(self, landed: LandedTensor, problems: Problems) -> None:
         """Make `landed` a parameter of the module, or note why not. Keeps no other reference to its memory."""
@@ -140,10 +146,19 @@ class Landing:
 
     def finish(self, problems: Problems) -> None:
         """Note what never came, and bring the computed buffers to the device."""
+        for name, other in self._tied.items():
+            self._tie(self._slots[name], self._slots[other])
         for name, slot in self._slots.items():
             if slot.filled_from is None:
                 problems.missing.append(f"{self._folder}/: {name}")
         move_buffers(self._module, self._device)
+
+    @staticmethod
+    def _tie(one: Slot, other: Slot) -> None:
+        filled, empty = (other, one) if other.filled_from is not None else (one, other)
+        if filled.filled_from is not None:
+            setattr(empty.owner, empty.attribute, filled.tensor)
+            empty.filled_from = filled.filled_from
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
@@ -156,13 +171,22 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
 
 def slots(module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Slot]]:
     """Every place for a tensor in a module, by the name its class gives it, for a pipeline of `dtype`."""
-    # What a class keeps in float32 whatever it is loaded as, by the name of any part of the path (as diffusers does).
-    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    kept = _kept_in_float32(module, dtype)
     for name, tensor in module.state_dict().items():
         parent, _, attribute = name.rpartition(".")
-        keep = dtype is not None and kept & set(name.split("."))
-        slot_dtype = torch.float32 if keep else dtype
+        slot_dtype = torch.float32 if kept & set(name.split(".")) else dtype
         yield name, Slot(module.get_submodule(parent), attribute, tensor.shape, slot_dtype)
+
+
+def _kept_in_float32(module: nn.Module, dtype: torch.dtype | None) -> set[str]:
+    """What a class keeps in float32 though it is loaded as `dtype`, by the name of any part of a tensor's path."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    always = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype not in (torch.float16, torch.bfloat16):
+        return set()
+    if isinstance(module, PreTrainedModel) and dtype != torch.float16:
+        return always  # the other list is transformers' for float16 alone, and diffusers' for any
+    return kept | always
 
 
 def _aliases(module: nn.Module, names: Set[str]) -> dict[str, str]:

@@ -4,10 +4,11 @@ A recipe travels as plain JSON in the manifest, or is read from a diffusers fold
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,15 +18,11 @@ from pydantic import (
 )
 
 from diffusion.errors import ModelError
+from diffusion.families import ARCHITECTURES, Architecture, Family
 
-PIPELINE: Literal["StableDiffusionXLPipeline"] = "StableDiffusionXLPipeline"
+SDXL = ARCHITECTURES["StableDiffusionXLPipeline"]
 
 MAX_STEPS = 50
-
-# What `StableDiffusionXLPipeline.__call__` does when its caller says nothing. A checkpoint that wants otherwise says so
-# nowhere in its configs, so a mirrored model starts from exactly what its users get from stock diffusers.
-DIFFUSERS_DEFAULT_STEPS = 50
-DIFFUSERS_DEFAULT_GUIDANCE_SCALE = 5.0
 
 # A closed list, because a config must never choose what gets imported. Left out are the schedulers that need packages
 # this product does not install (LMS wants scipy, DPM-Solver SDE wants torchsde).
@@ -40,6 +37,8 @@ SCHEDULERS = frozenset(
         "EDMEulerScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
         "HeunDiscreteScheduler",
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
@@ -85,24 +84,61 @@ class SchedulerRecipe(_Frozen):
         return self
 
 
+def _known_pipeline(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{name!r} cannot be served; these can: {_listed(ARCHITECTURES)}")
+    return name
+
+
 class Recipe(_Frozen):
     """What the engine needs to know about a checkpoint that its tensors do not say.
 
+    What is left open is what the pipeline's own `__call__` does when its caller says nothing. A checkpoint that wants
+    otherwise says so nowhere in its configs, so a mirrored model starts from what its users get from stock diffusers.
     `steps` lists the only step counts a distilled checkpoint can do; None means any from 1 to `MAX_STEPS`.
     `guidance_free` checkpoints were distilled without classifier-free guidance and always run at `guidance_scale`.
     `native_size` is the edge, in pixels, of the square the checkpoint was trained on.
     Anything wrong, here or in `model_validate`, raises `ModelError`.
     """
 
-    pipeline: Literal["StableDiffusionXLPipeline"] = PIPELINE
+    pipeline: Annotated[str, AfterValidator(_known_pipeline)] = SDXL.pipeline
     scheduler: SchedulerRecipe
     dtype: Dtype
     steps: tuple[int, ...] | None = None
-    default_steps: int = DIFFUSERS_DEFAULT_STEPS
-    guidance_scale: float = Field(default=DIFFUSERS_DEFAULT_GUIDANCE_SCALE, ge=0)
+    default_steps: int = SDXL.default_steps
+    guidance_scale: float = Field(default=SDXL.guidance_scale, ge=0)
     guidance_free: bool = False
     native_size: int = Field(ge=32, le=4096, multiple_of=8)
     source: Source | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, data: Any) -> Any:
+        name = data.get("pipeline") if isinstance(data, dict) else None
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            return data
+        own = ARCHITECTURES[name]
+        defaults = {"default_steps": own.default_steps, "guidance_scale": own.guidance_scale}
+        return defaults | data
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.pipeline]
+
+    def as_family(self, family: Family) -> Self:
+        """The same checkpoint, run as its authors run theirs. Raises `ModelError` for another pipeline's family."""
+        if family.pipeline != self.pipeline:
+            raise ModelError(
+                f"The model is a {self.pipeline}, but {family.name} is a {family.pipeline}. Has the repo changed?"
+            )
+        return self.model_copy(
+            update={
+                "steps": family.steps,
+                "default_steps": family.default_steps,
+                "guidance_scale": family.guidance_scale,
+                "guidance_free": family.guidance_free,
+            }
+        )
 
     @model_validator(mode="after")
     def _steps_make_sense(self) -> Self:
@@ -135,18 +171,21 @@ class Recipe(_Frozen):
     def from_configs(cls, configs: Mapping[str, bytes]) -> "Recipe":
         """The recipe of a plain diffusers folder, from its config files by path.
 
-        Raises `ModelError` when a file is missing, is not JSON, or describes another kind of model than SDXL.
+        Raises `ModelError` when a file is missing, is not JSON, or describes a kind of model that cannot be served.
         """
         index = read_config(configs, "model_index.json")
-        if index.get("_class_name") != PIPELINE:
+        name = index.get("_class_name")
+        architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
+        if architecture is None:
             raise ModelError(
-                f"This model is a {index.get('_class_name') or 'folder of no known pipeline'}, as its model_index.json "
-                f"says; only {PIPELINE} can be served. Publish an SDXL model."
+                f"This model is a {name or 'folder of no known pipeline'}, as its model_index.json says; only "
+                f"{_listed(ARCHITECTURES)} can be served. Publish one of these."
             )
         scheduler = read_config(configs, "scheduler/scheduler_config.json")
         text_encoder = read_config(configs, "text_encoder/config.json")
         return cls.model_validate(
             {
+                "pipeline": architecture.pipeline,
                 "scheduler": {
                     "class_name": scheduler.get("_class_name"),
                     "config": {
@@ -154,7 +193,7 @@ class Recipe(_Frozen):
                     },
                 },
                 "dtype": _saved_dtype(text_encoder),
-                "native_size": _native_size(configs),
+                "native_size": _native_size(configs, architecture.denoiser),
             }
         )
 
@@ -205,14 +244,14 @@ def _saved_dtype(text_encoder: Mapping[str, Any]) -> Dtype:
     return next((dtype for dtype in get_args(Dtype) if dtype == saved), "float32")
 
 
-def _native_size(configs: Mapping[str, bytes]) -> int:
-    """The UNet's latents, in pixels: the VAE halves the image once per block after the first."""
-    sample_size = read_config(configs, "unet/config.json").get("sample_size")
+def _native_size(configs: Mapping[str, bytes], denoiser: str) -> int:
+    """The denoiser's latents, in pixels: the VAE halves the image once per block after the first."""
+    sample_size = read_config(configs, f"{denoiser}/config.json").get("sample_size")
     if isinstance(sample_size, list) and len(set(sample_size)) == 1:
         sample_size = sample_size[0]
     if not isinstance(sample_size, int):
         raise ModelError(
-            f"unet/config.json of the model gives sample_size {sample_size!r}, so its native size is unknown; "
+            f"{denoiser}/config.json of the model gives sample_size {sample_size!r}, so its native size is unknown; "
             "it should be one number, 128 for SDXL."
         )
     blocks = read_config(configs, "vae/config.json").get("block_out_channels")
@@ -232,5 +271,5 @@ def _reasons(error: ValidationError) -> str:
     return "; ".join(reason(line) for line in error.errors(include_url=False))
 
 
-def _listed(names: frozenset[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))

@@ -9,13 +9,13 @@ from threading import Lock
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffusion.build import build_pipeline, module_dtype
-from diffusion.components import MODULES
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import ModelError
+from diffusion.families import Architecture
 from diffusion.landing import LandedTensor, Slot, move_buffers, slots
 from diffusion.recipe import Recipe
 
@@ -31,7 +31,7 @@ _ABOUT_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_versio
 class Staged:
     """A whole model in the host's memory, its tensors as its files hold them, ready to take over."""
 
-    pipeline: StableDiffusionXLPipeline
+    pipeline: DiffusionPipeline
     recipe: Recipe
     version: str | None
 
@@ -60,7 +60,7 @@ class _Move:
 
 
 def take_over(
-    staged: Staged, old: StableDiffusionXLPipeline, *, device: torch.device, dtype: torch.dtype
+    staged: Staged, old: DiffusionPipeline, *, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Bring the staged pipeline to `device`, in `dtype`, into the memory of `old`, which is gone afterwards.
 
@@ -70,7 +70,7 @@ def take_over(
     """
     reason = None
     try:
-        moves, scratch = _prepare(staged.pipeline, old, device, dtype)
+        moves, scratch = _prepare(staged.pipeline, old, staged.recipe.architecture, device, dtype)
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
@@ -92,8 +92,9 @@ def take_over(
 
 
 def _prepare(
-    new: StableDiffusionXLPipeline,
-    old: StableDiffusionXLPipeline,
+    new: DiffusionPipeline,
+    old: DiffusionPipeline,
+    architecture: Architecture,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[list[_Move], torch.Tensor]:
@@ -101,11 +102,17 @@ def _prepare(
     moves: list[_Move] = []
     kept: dict[str, nn.Module] = {}
     built: list[nn.Module] = []
-    for name in MODULES:
-        module, predecessor = getattr(new, name), getattr(old, name)
-        waiting = dict(slots(module, module_dtype(module, dtype)))
-        targets = predecessor.state_dict()
-        if _same_config(module, predecessor) and _fit(waiting, targets, device):
+    for name in architecture.modules:
+        module, predecessor = getattr(new, name), getattr(old, name, None)
+        if module is None:
+            continue  # a part that this version does without
+        waiting = dict(slots(module, module_dtype(module, architecture, dtype)))
+        targets = predecessor.state_dict() if predecessor is not None else {}
+        if (
+            predecessor is not None
+            and _same_config(module, predecessor)
+            and _fit(waiting, targets, device)
+        ):
             kept[name] = predecessor
         else:
             built.append(module)
@@ -133,7 +140,7 @@ def _same_config(one: nn.Module, other: nn.Module) -> bool:
             if not key.startswith("_") and key not in _ABOUT_THE_FILE
         }
 
-    return meaning(one) == meaning(other)
+    return type(one) is type(other) and meaning(one) == meaning(other)
 
 
 def _fit(

@@ -49,17 +49,25 @@ class Plan:
     seeds: tuple[int, ...]
 
 
-def plan(request: GenerationRequest, recipe: Recipe, *, size_multiple: int) -> Plan:
+def plan(
+    request: GenerationRequest,
+    recipe: Recipe,
+    *,
+    size_multiple: int,
+    largest_size: int | None = None,
+) -> Plan:
     """Check a request against what the checkpoint can do, and fill in what it leaves open.
 
+    Sides are multiples of `size_multiple`, at most twice the native size, or `largest_size` where that is less.
     Raises `RequestError` naming the field, what it holds and what it may hold.
     """
     _check_prompt("prompt", request.prompt)
     if not request.prompt.strip():
         raise RequestError("prompt is empty; say what the image should show.")
     _check_prompt("negative_prompt", request.negative_prompt)
+    largest = min(2 * recipe.native_size, largest_size or 2 * recipe.native_size)
     for name, pixels in (("width", request.width), ("height", request.height)):
-        _check_side(name, pixels, 2 * recipe.native_size, size_multiple)
+        _check_side(name, pixels, largest, size_multiple)
     if request.num_outputs < 1:
         raise RequestError(f"num_outputs is {request.num_outputs}; ask for at least 1 image.")
     return Plan(

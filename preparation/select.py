@@ -13,22 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffusion.families import ARCHITECTURES
 from preparation.errors import UsageError
 from weights.manifest import is_pickle
 
-# Per supported pipeline, the components that text-to-image needs. Anything else that a model_index.json may list
-# (a safety checker, an image encoder for adapters) is left behind.
-PIPELINES: Mapping[str, tuple[str, ...]] = {
-    "StableDiffusionXLPipeline": (
-        "scheduler",
-        "text_encoder",
-        "text_encoder_2",
-        "tokenizer",
-        "tokenizer_2",
-        "unet",
-        "vae",
-    ),
-}
 # Half the bytes of the plain set for the same images on a GPU, so it comes first.
 VARIANTS = ("fp16", "")
 TOKENIZER_SUFFIXES = (".json", ".txt")
@@ -74,17 +62,17 @@ def read_model_index(data: bytes, where: str) -> dict[str, Any]:
             f"Reading model_index.json of {where}: it is not JSON ({error}). Is the download or checkout complete?"
         ) from error
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if name not in PIPELINES:
+    if name not in ARCHITECTURES:
         raise UsageError(
             f"{where} is a {name or 'folder without a pipeline class'} (so says its model_index.json), "
-            f"which is not supported. Supported pipelines: {', '.join(PIPELINES)}."
+            f"which is not supported. Supported pipelines: {', '.join(ARCHITECTURES)}."
         )
     return dict(index)
 
 
 def published_model_index(index: Mapping[str, Any]) -> dict[str, Any]:
     """The model_index.json of what gets published: components that are left behind become `[null, null]`."""
-    kept = PIPELINES[index["_class_name"]]
+    kept = ARCHITECTURES[index["_class_name"]].components
     return {
         key: [None, None] if isinstance(value, list) and key not in kept else value
         for key, value in index.items()
@@ -105,14 +93,17 @@ def select(files: Iterable[str], index: Mapping[str, Any], where: str) -> Select
     listing = frozenset(files)
     configs: list[str] = []
     weights: list[WeightSet] = []
-    for component in PIPELINES[index["_class_name"]]:
+    architecture = ARCHITECTURES[index["_class_name"]]
+    for component in architecture.components:
         entry = index.get(component)
+        if component in architecture.optional and entry in (None, [None, None]):
+            continue
         if not isinstance(entry, list) or not all(isinstance(part, str) for part in entry):
             raise UsageError(
                 f"model_index.json of {where} lists no {component}, which the pipeline needs. "
                 "Is this a complete text-to-image model?"
             )
-        if component.startswith("tokenizer"):
+        if component in architecture.tokenizers:
             configs += _tokenizer_files(listing, component, where)
         elif component == "scheduler":
             configs.append(_required(listing, "scheduler/scheduler_config.json", where))

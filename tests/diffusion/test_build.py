@@ -14,10 +14,10 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion.components import MODULES
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import ModelError
 from diffusion.landing import Landing, Problems
+from diffusion.recipe import SDXL
 from tests.diffusion.support import (
     LIGHTNING,
     Tensor,
@@ -31,7 +31,7 @@ from tests.diffusion.support import (
 
 
 def assert_same_modules(ours, theirs):
-    for name in MODULES:
+    for name in SDXL.modules:
         mine, other = getattr(ours, name), getattr(theirs, name)
         assert type(mine) is type(other)
         states = [
@@ -75,7 +75,7 @@ def test_sharded_files_land_too(model):
 def test_the_pipeline_is_ready_to_serve(model):
     pipeline = build(model)
 
-    for name in MODULES:
+    for name in SDXL.modules:
         module = getattr(pipeline, name)
         assert not module.training
         for tensor in (*module.parameters(), *module.buffers()):
@@ -156,7 +156,7 @@ def test_parameters_lie_where_vector_kernels_want_them(model):
 
     pipeline = build(model, tensors=(odd(tensor) for tensor in read_tensors(model)))
 
-    for name in MODULES:
+    for name in SDXL.modules:
         for parameter in getattr(pipeline, name).parameters():
             assert parameter.data_ptr() % 64 == 0
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.components import MODULES
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import OutOfMemoryError
+from diffusion.recipe import SDXL
 from diffusion.refresh import stage
 from tests.diffusion.support import (
     LIGHTNING,
@@ -35,7 +35,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 def test_every_tensor_lands_on_the_card_in_its_dtype(model, dtype):
     pipeline = build(model, dtype=dtype, device="cuda")
 
-    for name in MODULES:
+    for name in SDXL.modules:
         for tensor in getattr(pipeline, name).parameters():
             assert (tensor.device.type, tensor.dtype) == ("cuda", dtype)
         for tensor in getattr(pipeline, name).buffers():
@@ -93,7 +93,7 @@ def test_running_out_of_memory_gives_the_card_back(model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_new_version_takes_the_memory_of_the_old_one(model, half_model, dtype):
     def parameters(engine: Engine) -> list[torch.nn.Parameter]:
-        return [p for name in MODULES for p in getattr(engine._pipeline, name).parameters()]
+        return [p for name in SDXL.modules for p in getattr(engine._pipeline, name).parameters()]
 
     engine = Engine(build(model, dtype=dtype, device="cuda"), LIGHTNING)
     fresh = Engine(build(half_model, dtype=dtype, device="cuda"), LIGHTNING)

@@ -84,8 +84,8 @@ def test_a_prompt_beyond_77_tokens_is_reported_once_with_how_much_was_dropped(gu
 
     # 75 words fit between the start and end tokens.
     assert said_here(caplog) == [
-        "The prompt is 102 tokens long: the last 25 were dropped, since CLIP reads only 77.",
-        "The negative_prompt is 82 tokens long: the last 5 were dropped, since CLIP reads only 77.",
+        "The prompt is 102 tokens long: the last 25 were dropped, since the text encoder reads only 77.",
+        "The negative_prompt is 82 tokens long: the last 5 were dropped, since the text encoder reads only 77.",
     ]
 
 
@@ -117,7 +117,7 @@ list(engine.generate(GenerationRequest("red " * 100, 64, 64, steps=1)))
     # What remains is this room's own line; Python prints warnings that nothing else handles.
     assert run.stdout == ""
     assert run.stderr.splitlines() == [
-        "The prompt is 102 tokens long: the last 25 were dropped, since CLIP reads only 77."
+        "The prompt is 102 tokens long: the last 25 were dropped, since the text encoder reads only 77."
     ]
 
 

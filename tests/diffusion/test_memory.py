@@ -15,16 +15,16 @@ MIB = 2**20
 CHILD = """
 import json, mmap, sys
 import torch
-from diffusion.build import MODULES, build_module, build_pipeline
-from diffusion.recipe import Recipe
+from diffusion.build import build_module, build_pipeline
+from diffusion.recipe import SDXL, Recipe
 from tests.diffusion.support import Tensor
 
 file_dtype, name = sys.argv[1:]
 configs = {path: text.encode() for path, text in json.load(sys.stdin).items()}
 shapes = [
     (f"{part}/model.safetensors", key, tuple(tensor.shape))
-    for part in MODULES
-    for key, tensor in build_module(part, configs).state_dict().items()
+    for part, kind in SDXL.modules.items()
+    for key, tensor in build_module(part, kind, configs).state_dict().items()
 ]
 
 def tensors():
@@ -46,7 +46,7 @@ pipeline = build_pipeline(
     configs, tensors(), Recipe.from_configs(configs), device=torch.device("cpu"), dtype=torch.float32
 )
 peak = status("VmHWM")
-model = sum(p.nbytes for part in MODULES for p in getattr(pipeline, part).parameters())
+model = sum(p.nbytes for part in SDXL.modules for p in getattr(pipeline, part).parameters())
 print(json.dumps({"model": model, "peak": peak - before}))
 """
 

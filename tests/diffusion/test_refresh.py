@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from demo.small_sdxl import write_small_sdxl
 from diffusion import refresh
-from diffusion.components import MODULES, build_module
+from diffusion.components import build_module
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import BusyError, ModelError, RequestError
-from diffusion.recipe import Recipe, SchedulerRecipe
+from diffusion.recipe import SDXL, Recipe, SchedulerRecipe
 from diffusion.refresh import Staged, stage
 from tests.diffusion.support import (
     GUIDED,
@@ -70,7 +70,7 @@ def assert_same_images(engine: Engine, other: Engine, **changes: Any) -> None:
 def tensors_of(engine: Engine) -> dict[str, torch.Tensor]:
     return {
         f"{part}: {name}": tensor
-        for part in MODULES
+        for part in SDXL.modules
         for name, tensor in (
             *getattr(engine._pipeline, part).named_parameters(),
             *getattr(engine._pipeline, part).named_buffers(),
@@ -104,7 +104,7 @@ def await_closed(engine: Engine) -> None:
 def drawn_for(configs: dict[str, bytes], part: str) -> Iterator[Tensor]:
     """Tensors that fit `part` of the configs, and are the same at every call."""
     generator = torch.Generator().manual_seed(7)
-    for name, meta in build_module(part, configs).state_dict().items():
+    for name, meta in build_module(part, SDXL.modules[part], configs).state_dict().items():
         drawn = torch.randn(meta.shape, generator=generator) * 0.05
         data = bytearray(drawn.numpy().tobytes())
         yield Tensor(f"{part}/model.safetensors", name, "F32", tuple(meta.shape), data)
@@ -137,12 +137,12 @@ def test_files_in_half_precision_are_cast_as_a_fresh_engine_casts_them(model, ha
 
 def test_parameters_stay_where_they_are(model, update):
     engine = serve(model)
-    before, modules = places(engine), [getattr(engine._pipeline, part) for part in MODULES]
+    before, modules = places(engine), [getattr(engine._pipeline, part) for part in SDXL.modules]
 
     engine.replace(staged(update))
 
     assert places(engine) == before
-    assert [getattr(engine._pipeline, part) for part in MODULES] == modules
+    assert [getattr(engine._pipeline, part) for part in SDXL.modules] == modules
 
 
 def test_one_version_after_another_takes_over(model, update):
@@ -218,7 +218,7 @@ def test_a_part_whose_config_changed_is_exchanged_and_the_others_stay(model, upd
 
     engine, fresh = serve(model), serve(update, configs=configs, tensors=tensors())
     old_vae = weakref.ref(engine._pipeline.vae)
-    before = {part: places(engine, part) for part in MODULES}
+    before = {part: places(engine, part) for part in SDXL.modules}
 
     engine.replace(staged(update, configs=configs, tensors=tensors()))
 
