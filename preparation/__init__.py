@@ -5,6 +5,8 @@ the bucket to the weights room and recipes to the diffusion room.
 """
 
 from preparation.errors import PreparationError, UsageError
+from preparation.lora import LoraName
+from preparation.options import DTYPES, Options, parse_size
 from preparation.prepare import (
     DEFAULT_FOLDER,
     DEFAULT_JOBS,
@@ -25,7 +27,10 @@ from preparation.progress import Progress, end_interrupted
 __all__ = [
     "DEFAULT_FOLDER",
     "DEFAULT_JOBS",
+    "DTYPES",
     "EXPECTED_ERRORS",
+    "LoraName",
+    "Options",
     "PreparationError",
     "Progress",
     "Request",
@@ -38,6 +43,7 @@ __all__ = [
     "find_already_prepared",
     "make_plan",
     "needs_no_network",
+    "parse_size",
     "prepare",
     "upload",
 ]

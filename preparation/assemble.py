@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusion.recipe import Recipe
 from preparation import convert
 from preparation.errors import PreparationError, UsageError
+from preparation.fuse import LoraFile, Loras
 from preparation.hub import HubRepo
 from preparation.plan import Component, Plan
 from preparation.progress import Progress, Stage, human_size
@@ -38,33 +40,24 @@ class Prepared:
     recipe: Recipe
 
 
-def find_prepared(
-    plan: Plan, folder: Path, shard_limit: int = convert.SHARD_LIMIT
-) -> Prepared | None:
+def find_prepared(plan: Plan, folder: Path) -> Prepared | None:
     """The folder, if it already is, untouched, what the plan would give."""
     marker = _read_marker(folder)
-    if marker is None or marker.get("fingerprint") != plan.fingerprint(shard_limit):
+    if marker is None or marker.get("fingerprint") != plan.fingerprint():
         return None
     if marker["files"] != _state(folder):
         return None
     return Prepared(folder, Recipe.model_validate(marker["recipe"]))
 
 
-def assemble(
-    plan: Plan,
-    folder: Path,
-    *,
-    jobs: int,
-    progress: Progress,
-    shard_limit: int = convert.SHARD_LIMIT,
-) -> Prepared:
+def assemble(plan: Plan, folder: Path, *, jobs: int, progress: Progress) -> Prepared:
     """Make `folder` what the plan describes.
 
     Raises:
         UsageError: `folder` holds something else, or the source's tensors are not what its configs describe.
         PreparationError: no space, no network, a damaged file.
     """
-    prepared = find_prepared(plan, folder, shard_limit)
+    prepared = find_prepared(plan, folder)
     if prepared is not None:
         progress.say(f"Already prepared in {folder}")
         return prepared
@@ -74,12 +67,12 @@ def assemble(
             "another --destdir."
         )
     with _disk_errors(folder):
-        _check_space(plan, folder, shard_limit)
+        _check_space(plan, folder)
         local = _fetch(plan, jobs, progress)
         building = folder.with_name(f"{folder.name}.partial")
         _remove(building)
         try:
-            recipe = _build(plan, local, building, progress, shard_limit)
+            recipe = _build(plan, local, building, progress)
             _remove(folder)
             building.rename(folder)
         finally:
@@ -87,9 +80,11 @@ def assemble(
     return Prepared(folder, recipe)
 
 
-def is_rewritten(component: Component, shard_limit: int = convert.SHARD_LIMIT) -> bool:
+def is_rewritten(component: Component, plan: Plan) -> bool:
     """Whether the component's files may be converted, as far as their names and sizes tell."""
-    return component.dtype is not None or _is_too_large(component, shard_limit)
+    may_be_fused = bool(plan.loras) and component.name != "vae"
+    too_large = _is_too_large(component, plan.shard_limit)
+    return component.dtype is not None or may_be_fused or too_large
 
 
 def _is_too_large(component: Component, shard_limit: int) -> bool:
@@ -117,9 +112,7 @@ def _fetch(plan: Plan, jobs: int, progress: Progress) -> Local:
     return local
 
 
-def _build(
-    plan: Plan, local: Local, building: Path, progress: Progress, shard_limit: int
-) -> Recipe:
+def _build(plan: Plan, local: Local, building: Path, progress: Progress) -> Recipe:
     building.mkdir(parents=True, exist_ok=True)
     if any(building.iterdir()):
         raise UsageError(
@@ -136,23 +129,27 @@ def _build(
         files = [local[id(component.origin), path] for path in component.files]
         tensors[component.name] = convert.read_headers(files, _label(component))
         if component.architecture:
-            config = json.loads((building / component.name / "config.json").read_bytes())
+            config = _config(building, component.name)
             convert.check_architecture(
                 tensors[component.name], config, component.architecture, _label(component)
             )
-    recipe = _with_dtype(plan, tensors["unet"])
+    recipe = _with_dtype(plan, tensors[plan.recipe.architecture.denoiser])
 
+    loras = _read_loras(plan, local, building)
+    fused = loras.components() if loras else frozenset()
     converted = {
         component.name
         for component in plan.components
-        if _is_too_large(component, shard_limit)
+        if component.name in fused
+        or _is_too_large(component, plan.shard_limit)
         or convert.needs_cast(tensors[component.name], component.dtype)
     }
     total = sum(sum(info.size for info in tensors[name]) for name in converted)
     with progress.stage("Convert", total) as stage:
         for component in plan.components:
             if component.name in converted:
-                _convert(component, tensors[component.name], building, shard_limit, stage)
+                merging = loras if component.name in fused else None
+                _convert(plan, component, tensors[component.name], building, stage, merging)
     unlinked: list[tuple[Path, Path]] = []
     for component in plan.components:
         files = [local[id(component.origin), path] for path in component.files]
@@ -162,7 +159,7 @@ def _build(
         for source, place in unlinked:
             _copy(source, place, stage)
     marker = {
-        "fingerprint": plan.fingerprint(shard_limit),
+        "fingerprint": plan.fingerprint(),
         "source": plan.source,
         "recipe": recipe.model_dump(mode="json"),
         "files": _state(building),
@@ -172,21 +169,42 @@ def _build(
 
 
 def _convert(
+    plan: Plan,
     component: Component,
     tensors: list[convert.TensorInfo],
     building: Path,
-    shard_limit: int,
     stage: Stage,
+    loras: Loras | None,
 ) -> None:
-    shards = convert.plan_shards(tensors, component.dtype, shard_limit)
+    label = _label(component)
+    changed = None
+    if loras is not None:
+        config = _config(building, component.name)
+        changed = loras.fused(component.name, tensors, config, label)
     convert.write_shards(
-        shards,
+        convert.plan_shards(tensors, component.dtype, plan.shard_limit),
         building / component.name,
         component.stem,
         dtype=component.dtype,
-        label=_label(component),
+        label=label,
         on_bytes=stage.advance,
+        changed=changed,
     )
+
+
+def _read_loras(plan: Plan, local: Local, building: Path) -> Loras | None:
+    if not plan.loras:
+        return None
+    files = [
+        LoraFile(local[id(lora.origin), lora.path], lora.weight, lora.label) for lora in plan.loras
+    ]
+    configs = {component.name: _config(building, component.name) for component in plan.components}
+    return Loras(files, plan.recipe.architecture, configs)
+
+
+def _config(building: Path, component: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((building / component / "config.json").read_bytes())
+    return config
 
 
 def _take(
@@ -227,24 +245,26 @@ def _copy(source: Path, target: Path, stage: Stage) -> None:
             stage.advance(len(block))
 
 
-def _with_dtype(plan: Plan, unet: list[convert.TensorInfo]) -> Recipe:
-    """The recipe, saying what the UNet's files hold: no config of a diffusers folder does."""
-    planned = next(component.dtype for component in plan.components if component.name == "unet")
-    found = planned or convert.dominant_dtype(unet)
+def _with_dtype(plan: Plan, tensors: list[convert.TensorInfo]) -> Recipe:
+    """The recipe, saying what the denoiser's files hold: no config of a diffusers folder does."""
+    denoiser = plan.recipe.architecture.denoiser
+    planned = next(component.dtype for component in plan.components if component.name == denoiser)
+    found = planned or convert.dominant_dtype(tensors)
     dtype = convert.TORCH_NAMES.get(found or "")
     if dtype is None:
         raise UsageError(
-            f"The UNet of {plan.source} holds {found or 'no floating-point'} tensors. Supported are "
+            f"The {denoiser} of {plan.source} holds {found or 'no floating-point'} tensors. Supported are "
             f"{', '.join(convert.TORCH_NAMES.values())}."
         )
     if plan.recipe_is_given and plan.recipe.dtype != dtype:
         raise UsageError(
-            f"recipe.json in {plan.source} says dtype {plan.recipe.dtype}, but its UNet holds {dtype}. Correct one."
+            f"recipe.json in {plan.source} says dtype {plan.recipe.dtype}, but its {denoiser} holds {dtype}. "
+            "Correct one."
         )
     return plan.recipe.model_copy(update={"dtype": dtype})
 
 
-def _check_space(plan: Plan, folder: Path, shard_limit: int) -> None:
+def _check_space(plan: Plan, folder: Path) -> None:
     needed: dict[int, int] = {}
     places: dict[int, Path] = {}
 
@@ -261,7 +281,7 @@ def _check_space(plan: Plan, folder: Path, shard_limit: int) -> None:
         missing = origin.missing(component.files)
         need(home, sum(origin.files[path] for path in missing))
         linked = _existing(home).stat().st_dev == destination
-        if not linked or is_rewritten(component, shard_limit):
+        if not linked or is_rewritten(component, plan):
             need(folder, sum(component.sizes))
     for device, size in needed.items():
         free = shutil.disk_usage(places[device]).free

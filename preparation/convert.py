@@ -60,7 +60,7 @@ def read_headers(files: Iterable[Path], label: str) -> list[TensorInfo]:
     """
     found: dict[str, TensorInfo] = {}
     for file in files:
-        with _reading(file, label), safe_open(file, framework="np") as tensors:
+        with reading(file, label), safe_open(file, framework="np") as tensors:
             for name in tensors.offset_keys():
                 view = tensors.get_slice(name)
                 info = TensorInfo(file, name, view.get_dtype(), tuple(view.get_shape()))
@@ -130,8 +130,11 @@ def write_shards(
     dtype: str | None,
     label: str,
     on_bytes: OnBytes,
+    changed: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the shards, with their index where there is more than one; `on_bytes` hears of bytes read.
+
+    `changed` holds tensors to be written instead of those in the files, by their names.
 
     Raises:
         UsageError: a value does not fit into `dtype`.
@@ -144,7 +147,11 @@ def write_shards(
         with ExitStack() as stack:
             sources: dict[Path, Any] = {}
             for info in shard:
-                with _reading(info.file, label):
+                if changed is not None:
+                    tensors[info.name] = _cast(changed[info.name], info, dtype, label)
+                    on_bytes(info.size)
+                    continue
+                with reading(info.file, label):
                     if info.file not in sources:
                         sources[info.file] = stack.enter_context(
                             safe_open(info.file, framework="pt")
@@ -218,7 +225,8 @@ def _cast(tensor: Any, info: TensorInfo, dtype: str | None, label: str) -> Any:
 
 
 @contextmanager
-def _reading(file: Path, label: str) -> Iterator[None]:
+def reading(file: Path, label: str) -> Iterator[None]:
+    """Turn what a damaged file raises into a PreparationError that names it."""
     try:
         yield
     except (SafetensorError, OSError) as error:

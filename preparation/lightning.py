@@ -1,6 +1,6 @@
 """SDXL-Lightning, which is no diffusers folder: which parts of which repos make one of it.
 
-The 4-step UNet goes into SDXL base. The VAE is the one finetuned not to overflow in half precision, where the base's
+Its UNet goes into SDXL base. The VAE is the one finetuned not to overflow in half precision, where the base's
 own gives black images (https://huggingface.co/madebyollin/sdxl-vae-fp16-fix).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Final
+from typing import Final, Literal
 
 from diffusion.recipe import Source, lightning_recipe
 from preparation.errors import UsageError
@@ -29,7 +29,6 @@ LIGHTNING_REPO = "ByteDance/SDXL-Lightning"
 BASE_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
 VAE_REPO = "madebyollin/sdxl-vae-fp16-fix"
 STEPS: Final = 4
-UNET_FILE = f"sdxl_lightning_{STEPS}step_unet.safetensors"
 _STEM = "diffusion_pytorch_model"
 
 
@@ -38,8 +37,19 @@ def is_lightning(repo_id: str) -> bool:
     return repo_id.casefold() == LIGHTNING_REPO.casefold()
 
 
-def plan_lightning(hub: Hub, revision: str | None, jobs: int) -> Plan:
-    """Plan the assembly; `revision` is of the Lightning repo.
+def unet_file(steps: int) -> str:
+    """The one for a single step predicts the image, which its name says as x0."""
+    return f"sdxl_lightning_{steps}step_unet{'_x0' if steps == 1 else ''}.safetensors"
+
+
+def lora_file(steps: int) -> str:
+    return f"sdxl_lightning_{steps}step_lora.safetensors"
+
+
+def plan_lightning(
+    hub: Hub, revision: str | None, jobs: int, steps: Literal[1, 2, 4, 8] = STEPS
+) -> Plan:
+    """Plan the assembly of the checkpoint for so many steps; `revision` is of the Lightning repo.
 
     Raises:
         UsageError: one of the repos cannot be read, or no longer holds what is needed.
@@ -47,7 +57,7 @@ def plan_lightning(hub: Hub, revision: str | None, jobs: int) -> Plan:
     lightning = hub.open(LIGHTNING_REPO, revision)
     base = hub.open(BASE_REPO)
     vae = hub.open(VAE_REPO)
-    for repo, path in ((lightning, UNET_FILE), (vae, "config.json")):
+    for repo, path in ((lightning, unet_file(steps)), (vae, "config.json")):
         if path not in repo.files:
             raise UsageError(
                 f"{repo.repo_id} at {repo.commit} has no {path}. Has the repo changed its layout? "
@@ -67,7 +77,7 @@ def plan_lightning(hub: Hub, revision: str | None, jobs: int) -> Plan:
         parts=tuple(f"{repo.repo_id}@{repo.commit}" for repo in (lightning, base, vae)),
     )
     native_size = recipe_from_configs(configs, base.label).native_size
-    recipe = lightning_recipe(STEPS, source=source).model_copy(update={"native_size": native_size})
+    recipe = lightning_recipe(steps, source=source).model_copy(update={"native_size": native_size})
     texts = published_texts(index, configs["scheduler/scheduler_config.json"], recipe)
     return Plan(
         source=lightning.label,
@@ -82,7 +92,7 @@ def plan_lightning(hub: Hub, revision: str | None, jobs: int) -> Plan:
                 for chosen in selection.weights
                 if chosen.component not in ("unet", "vae")
             ),
-            Component("unet", _STEM, lightning, (UNET_FILE,), "F16", "UNet2DConditionModel"),
+            Component("unet", _STEM, lightning, (unet_file(steps),), "F16", "UNet2DConditionModel"),
             _vae(vae),
         ),
         recipe=recipe,

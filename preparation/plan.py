@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion.errors import ModelError
+from diffusion.families import Family, family_of
 from diffusion.recipe import Recipe, Source
+from preparation.convert import SHARD_LIMIT
 from preparation.errors import UsageError
+from preparation.lora import Lora
 from preparation.origin import Origin
 from preparation.select import Selection, published_model_index, read_model_index, select
 
 RECIPE_NAME = "recipe.json"  # at a local folder's root: how its checkpoint wants to be run
-_SCHEDULER_PATH = "scheduler/scheduler_config.json"
+SCHEDULER_PATH = "scheduler/scheduler_config.json"
 _FORMAT = 1  # raise it when the same plan gives other bytes than before
 
 
@@ -53,7 +56,10 @@ class Component:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model to be assembled. `recipe_is_given`: the owner wrote it, so the files are held to it."""
+    """A model to be assembled. `recipe_is_given`: the owner wrote it, so the files are held to it.
+
+    `loras` are merged into whatever components they change, in this order.
+    """
 
     source: str
     texts: Mapping[str, bytes]
@@ -61,6 +67,8 @@ class Plan:
     components: tuple[Component, ...]
     recipe: Recipe
     recipe_is_given: bool = False
+    loras: tuple[Lora, ...] = ()
+    shard_limit: int = SHARD_LIMIT
 
     def fetched(self) -> list[tuple[Origin, list[str]]]:
         """Every file to be brought onto this disk, by origin."""
@@ -68,15 +76,16 @@ class Plan:
         for origin, paths in [
             *((copy.origin, (copy.path,)) for copy in self.copies),
             *((component.origin, component.files) for component in self.components),
+            *((lora.origin, (lora.path,)) for lora in self.loras),
         ]:
             by_origin.setdefault(id(origin), (origin, []))[1].extend(paths)
         return list(by_origin.values())
 
-    def fingerprint(self, shard_limit: int) -> str:
+    def fingerprint(self) -> str:
         """The same for two plans that give the same folder."""
         content = {
             "format": _FORMAT,
-            "shard_limit": shard_limit,
+            "shard_limit": self.shard_limit,
             "texts": {path: hashlib.sha256(data).hexdigest() for path, data in self.texts.items()},
             "copies": {copy.target: copy.origin.fingerprint(copy.path) for copy in self.copies},
             "components": {
@@ -87,6 +96,7 @@ class Plan:
                 ]
                 for component in self.components
             },
+            "loras": [[lora.origin.fingerprint(lora.path), lora.weight] for lora in self.loras],
             "recipe": self.recipe.model_dump(mode="json"),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -106,7 +116,9 @@ def plan_mirror(origin: Origin, source: Source | None, jobs: int) -> Plan:
     recipe = given or recipe_from_configs(with_index, origin.label)
     if source is not None:
         recipe = recipe.model_copy(update={"source": source})
-    texts = published_texts(index, configs[_SCHEDULER_PATH], recipe)
+        if given is None and (family := family_of(source.repo or "")):
+            recipe = as_family(recipe, family, origin.label)
+    texts = published_texts(index, configs[SCHEDULER_PATH], recipe)
     return Plan(
         source=origin.label,
         texts=texts,
@@ -152,6 +164,14 @@ def recipe_from_configs(configs: Mapping[str, bytes], label: str) -> Recipe:
         raise UsageError(f"{label}: {error}") from error
 
 
+def as_family(recipe: Recipe, family: Family, label: str) -> Recipe:
+    """`Recipe.as_family`, with the source named in its errors."""
+    try:
+        return recipe.as_family(family)
+    except ModelError as error:
+        raise UsageError(f"{label}: {error}") from error
+
+
 def read_recipe(origin: Origin) -> Recipe | None:
     """The recipe that the model's owner put beside it, if any."""
     if RECIPE_NAME not in origin.files:
@@ -172,9 +192,9 @@ def published_texts(index: Mapping[str, Any], scheduler: bytes, recipe: Recipe) 
     try:
         config = json.loads(scheduler)
     except ValueError as error:
-        raise UsageError(f"{_SCHEDULER_PATH} of the source is not JSON ({error}).") from error
+        raise UsageError(f"{SCHEDULER_PATH} of the source is not JSON ({error}).") from error
     config |= {"_class_name": recipe.scheduler.class_name, **recipe.scheduler.config}
-    return {"model_index.json": _dump(published), _SCHEDULER_PATH: _dump(config)}
+    return {"model_index.json": _dump(published), SCHEDULER_PATH: _dump(config)}
 
 
 def copies_of(origin: Origin, selection: Selection, texts: Mapping[str, bytes]) -> tuple[Copy, ...]:

@@ -6,7 +6,7 @@ Each step is another module's; this one knows their order, and which failures ar
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
@@ -17,8 +17,9 @@ from preparation.assemble import Prepared, assemble, find_prepared
 from preparation.errors import PreparationError, UsageError
 from preparation.folder import LocalFolder
 from preparation.hub import Hub, HubRepo, is_repo_id
-from preparation.lightning import is_lightning, plan_lightning
+from preparation.lightning import STEPS, is_lightning, plan_lightning
 from preparation.lock import claim
+from preparation.options import Options, altered
 from preparation.plan import Plan, plan_mirror
 from preparation.progress import Progress
 from settings import SettingsError
@@ -64,6 +65,7 @@ class Request:
     folder: Path = DEFAULT_FOLDER
     jobs: int = DEFAULT_JOBS
     repair: bool = False
+    options: Options = field(default_factory=Options)
     hub: Hub = field(default_factory=Hub)
 
     @property
@@ -103,16 +105,24 @@ def make_plan(request: Request) -> Plan:
     """Decide what will be published; reads listings and small config files only.
 
     Raises:
-        UsageError: the source cannot be published as it is; the message says why.
+        UsageError: the source cannot be published as it is, or not be made what is asked for; the message says why.
         PreparationError: the Hub cannot be reached.
     """
     _ = request.model_path  # refused before anything is looked up
+    options = request.options
+    if is_lightning(request.source) and not request.is_folder:
+        plan = plan_lightning(
+            request.hub, request.revision, request.jobs, options.lightning_steps or STEPS
+        )
+        return altered(plan, replace(options, lightning_steps=None), request.hub)
+    return altered(_plan_source(request), options, request.hub)
+
+
+def _plan_source(request: Request) -> Plan:
     if request.is_folder:
         if request.revision:
             raise UsageError("--revision is of a Hub repo; a local folder is taken as it is.")
         return plan_mirror(LocalFolder.open(Path(request.source).expanduser()), None, request.jobs)
-    if is_lightning(request.source):
-        return plan_lightning(request.hub, request.revision, request.jobs)
     try:
         repo = request.hub.open(request.source, request.revision)
     except UsageError as error:

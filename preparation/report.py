@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from diffusion.recipe import Source
 from preparation.assemble import is_rewritten
-from preparation.convert import SHARD_LIMIT, TORCH_NAMES, shard_name
+from preparation.convert import TORCH_NAMES, shard_name
 from preparation.plan import Component, Plan
 from preparation.progress import human_size
 from settings import StorageSettings
@@ -31,16 +31,17 @@ def describe_folder(plan: Plan) -> str:
     rows = [("", human_size(len(data)), path) for path, data in plan.texts.items()]
     rows += [("", human_size(copy.origin.files[copy.path]), copy.target) for copy in plan.copies]
     for component in plan.components:
-        rows += _component_rows(component)
+        rows += _component_rows(component, plan)
     rows.sort(key=lambda row: row[2])
     return f"Files to publish (before comparing with the bucket):\n{_table(rows)}"
 
 
-def _component_rows(component: Component) -> Iterable[tuple[str, str, str]]:
+def _component_rows(component: Component, plan: Plan) -> Iterable[tuple[str, str, str]]:
     total = sum(component.sizes)
-    if is_rewritten(component):
+    if is_rewritten(component, plan):
         cast = f" as {TORCH_NAMES[component.dtype]}" if component.dtype else ""
-        split = f", in shards of at most {human_size(SHARD_LIMIT)}" if total > SHARD_LIMIT else ""
+        limit = plan.shard_limit
+        split = f", in shards of at most {human_size(limit)}" if total > limit else ""
         name = f"{component.name}/{component.stem}*.safetensors"
         return [("", f"<= {human_size(total)}", f"{name}{cast}{split}")]
     count = len(component.files)

@@ -54,6 +54,13 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
         folder=arguments.destdir,
         jobs=arguments.jobs,
         repair=arguments.repair,
+        options=preparation.Options(
+            loras=tuple(arguments.lora),
+            lightning_steps=arguments.lightning_steps,
+            vae=arguments.vae,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+        ),
     )
     settings = load_storage_settings()
     plan = preparation.make_plan(request)
@@ -123,6 +130,7 @@ def _parse() -> argparse.Namespace:
         metavar="REV",
         help="branch, tag or commit of the Hub repo (default: its main branch)",
     )
+    _add_conversions(parser)
     parser.add_argument(
         "--destdir",
         type=Path,
@@ -150,6 +158,52 @@ def _parse() -> argparse.Namespace:
         "downloaded, a folder is prepared in --destdir and kept there",
     )
     return parser.parse_args()
+
+
+def _add_conversions(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conversion")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=_lora,
+        metavar="REPO[:FILE][@WEIGHT]",
+        help="merge a LoRA in, from a repo or a .safetensors file on this disk; may be repeated",
+    )
+    group.add_argument(
+        "--lightning-steps",
+        type=int,
+        choices=(1, 2, 4, 8),
+        help="make it a few-step model: any SDXL finetune with SDXL-Lightning's LoRA (2, 4 or 8); for "
+        "ByteDance/SDXL-Lightning itself, which of its UNets (default: 4)",
+    )
+    group.add_argument(
+        "--vae",
+        metavar="REPO",
+        help="another VAE, from a repo or a folder; madebyollin/sdxl-vae-fp16-fix does not overflow in float16",
+    )
+    group.add_argument("--dtype", choices=preparation.DTYPES, help="cast all weights to this")
+    group.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default=preparation.Options().max_shard_size,
+        metavar="SIZE",
+        help="split weight files over this size (default: 960MB, which caches in front of S3 keep)",
+    )
+
+
+def _lora(text: str) -> preparation.LoraName:
+    try:
+        return preparation.LoraName.parse(text)
+    except preparation.UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _size(text: str) -> int:
+    try:
+        return preparation.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

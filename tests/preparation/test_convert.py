@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_large_lightning_unet_is_split_and_stock_diffusers_loads_it(
 ) -> None:
     plan = make_plan(Request(LIGHTNING, hub=hub))
     folder = tmp_path / "prepared"
-    assemble(plan, folder, jobs=2, progress=quiet, shard_limit=1_000_000)
+    plan = dataclasses.replace(plan, shard_limit=1_000_000)
+    assemble(plan, folder, jobs=2, progress=quiet)
     shards = sorted(file.name for file in (folder / "unet").glob("*.safetensors"))
     assert len(shards) > 3
     assert not (folder / "vae/diffusion_pytorch_model.safetensors.index.json").exists()
@@ -113,6 +115,7 @@ def test_folder_whose_shards_are_already_small_is_taken_as_it_is(
     split(folder / "unet/diffusion_pytorch_model.safetensors", names)
     plan = make_plan(Request(str(folder), name="me/model"))
     out = tmp_path / "out"
-    assemble(plan, out, jobs=2, progress=quiet, shard_limit=9_000_000)
+    plan = dataclasses.replace(plan, shard_limit=9_000_000)
+    assemble(plan, out, jobs=2, progress=quiet)
     for name in names:
         assert (out / "unet" / name).read_bytes() == (folder / "unet" / name).read_bytes()

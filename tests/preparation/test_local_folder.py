@@ -77,7 +77,7 @@ def test_recipe_can_name_another_scheduler(run: Prepare, models: Models, own: Ow
     [
         ({"steps": [0]}, r"recipe\.json in .* cannot be used.*steps"),
         ({"guidance": 1}, r"recipe\.json in .* cannot be used.*guidance"),
-        ({"dtype": "float16"}, r"says dtype float16, but its UNet holds float32"),
+        ({"dtype": "float16"}, r"says dtype float16, but its unet holds float32"),
     ],
 )
 def test_wrong_recipe_is_refused_with_the_reason(

@@ -1,0 +1,152 @@
+"""What a person wants made of a model before it is published: other precision, another VAE, LoRAs, few steps.
+
+Each is a change of the plan, so nothing is decided later than before the first byte of weights moves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from diffusion.recipe import SDXL, Dtype, Source, lightning_recipe
+from preparation.convert import SHARD_LIMIT, TORCH_NAMES
+from preparation.errors import UsageError
+from preparation.folder import LocalFolder
+from preparation.hub import Hub, HubRepo, is_repo_id
+from preparation.lightning import LIGHTNING_REPO, lora_file
+from preparation.lora import LoraName, find_lora
+from preparation.origin import Origin
+from preparation.plan import SCHEDULER_PATH, Component, Copy, Plan, published_texts
+from preparation.select import select_weights
+
+LightningSteps = Literal[1, 2, 4, 8]
+DTYPES: Final = get_args(Dtype)
+SMALLEST_SHARD = 1_000_000  # bytes
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The default is: as the source has it, in shards that caches in front of S3 keep."""
+
+    loras: tuple[LoraName, ...] = ()
+    lightning_steps: LightningSteps | None = None
+    vae: str | None = None
+    dtype: Dtype | None = None
+    max_shard_size: int = SHARD_LIMIT
+
+    def recorded(self) -> dict[str, str]:
+        """What was asked for beyond the default, for the model's source."""
+        asked = {
+            "lora": ", ".join(map(str, self.loras)),
+            "lightning_steps": str(self.lightning_steps or ""),
+            "vae": self.vae or "",
+            "dtype": self.dtype or "",
+        }
+        return {name: value for name, value in asked.items() if value}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "960MB", "1GB" or "500000000" (decimal units). Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is no size; give for example 960MB or 2GB")
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size < SMALLEST_SHARD:
+        raise ValueError(f"{text!r} is less than 1 MB, which would make a great many files")
+    return size
+
+
+def altered(plan: Plan, options: Options, hub: Hub) -> Plan:
+    """The plan with everything done that was asked for.
+
+    Raises UsageError where that is not possible; what is named is looked up, and nothing large is downloaded.
+    """
+    plan = replace(plan, shard_limit=options.max_shard_size)
+    if options.lightning_steps is not None:
+        plan = _few_steps(plan, options.lightning_steps, hub)
+    for name in options.loras:
+        plan = _with_lora(plan, name, hub)
+    if options.vae is not None:
+        plan = _with_vae(plan, options.vae, hub)
+    if options.dtype is not None:
+        plan = _cast(plan, options.dtype)
+    return plan
+
+
+def _few_steps(plan: Plan, steps: LightningSteps, hub: Hub) -> Plan:
+    """SDXL-Lightning's LoRA, and its recipe."""
+    if plan.recipe.pipeline != SDXL.pipeline:
+        raise UsageError(
+            f"--lightning-steps makes few-step models of SDXL and its finetunes; {plan.source} is a "
+            f"{plan.recipe.pipeline}."
+        )
+    if plan.recipe.guidance_free:
+        raise UsageError(
+            f"--lightning-steps: {plan.source} was already distilled, for {plan.recipe.default_steps} steps. "
+            "Start from the model it was made of."
+        )
+    if steps == 1:
+        raise UsageError(
+            f"--lightning-steps 1 has no LoRA, only a whole UNet: publish {LIGHTNING_REPO} itself with it, or choose "
+            "2, 4 or 8."
+        )
+    plan = _with_lora(plan, LoraName(LIGHTNING_REPO, lora_file(steps)), hub)
+    recipe = lightning_recipe(steps, dtype=plan.recipe.dtype, source=plan.recipe.source)
+    recipe = recipe.model_copy(update={"native_size": plan.recipe.native_size})
+    texts = published_texts(
+        json.loads(plan.texts["model_index.json"]), plan.texts[SCHEDULER_PATH], recipe
+    )
+    return replace(plan, recipe=recipe, texts={**plan.texts, **texts})
+
+
+def _with_lora(plan: Plan, name: LoraName, hub: Hub) -> Plan:
+    lora = find_lora(name, hub)
+    return _with_parts(replace(plan, loras=(*plan.loras, lora)), lora.part)
+
+
+def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
+    """Another VAE: a repo or folder that holds it at its root or, as a whole pipeline does, under vae/."""
+    origin = _open(place, hub)
+    folder = "vae" if "vae/config.json" in origin.files else "."
+    config = "vae/config.json" if folder == "vae" else "config.json"
+    if config not in origin.files:
+        raise UsageError(f"--vae {place} has no config.json, neither at its root nor under vae/.")
+    chosen = select_weights(origin.files, "vae", origin.label, folder=folder)
+    vae = Component("vae", chosen.stem, origin, chosen.files, architecture="AutoencoderKL")
+    part = f"{place}@{origin.commit}" if isinstance(origin, HubRepo) else str(origin.label)
+    others = tuple(copy for copy in plan.copies if not copy.target.startswith("vae/"))
+    plan = replace(
+        plan,
+        copies=(*others, Copy("vae/config.json", origin, config)),
+        components=tuple(vae if found.name == "vae" else found for found in plan.components),
+    )
+    return _with_parts(plan, part)
+
+
+def _cast(plan: Plan, dtype: Dtype) -> Plan:
+    name = next(short for short, full in TORCH_NAMES.items() if full == dtype)
+    components = tuple(replace(component, dtype=name) for component in plan.components)
+    return replace(
+        plan, components=components, recipe=plan.recipe.model_copy(update={"dtype": dtype})
+    )
+
+
+def _open(place: str, hub: Hub) -> Origin:
+    if Path(place).expanduser().is_dir() or not is_repo_id(place):
+        return LocalFolder.open(Path(place).expanduser())
+    return hub.open(place)
+
+
+def _with_parts(plan: Plan, part: str) -> Plan:
+    """Note in the recipe's source what else the model is made of."""
+    source = plan.recipe.source or Source()
+    before = source.parts
+    if before is None:
+        before = (f"{source.repo}@{source.revision}",) if source.repo else ()
+    source = source.model_copy(update={"parts": (*before, part)})
+    return replace(plan, recipe=plan.recipe.model_copy(update={"source": source}))
