@@ -18,10 +18,10 @@ from tests.weights.folder_bucket import (
 )
 from weights import ReadOptions, open_model
 from weights.chunks import CHUNK_SIZE
-from weights.fetch import AHEAD, REQUEST_CHUNKS
+from weights.fetch import AHEAD, AHEAD_OF_A_CARD, REQUEST_CHUNKS
 from weights.transport import Patience
 
-CHUNKS = AHEAD + 7
+CHUNKS = AHEAD_OF_A_CARD + 7
 FILE = "unet/diffusion_pytorch_model.safetensors"
 DEADLINE = 10.0  # seconds
 
@@ -51,15 +51,19 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedFolder:
     return write_published(tmp_path_factory.mktemp("bucket"), chunks=CHUNKS)
 
 
-@pytest.mark.parametrize("reader", ["thread", "process"])
+@pytest.mark.parametrize(
+    ("reader", "ahead"), [("thread", min(AHEAD, CHUNKS - 1)), ("process", AHEAD_OF_A_CARD)]
+)
 @pytest.mark.parametrize("connections", [4, 12])
-def test_a_few_chunks_are_read_before_it_is_known_where_they_belong(published, reader, connections):
-    with HoldingServer(published.root, enough=AHEAD) as server:
+def test_a_few_chunks_are_read_before_it_is_known_where_they_belong(
+    published, reader, ahead, connections
+):
+    with HoldingServer(published.root, enough=ahead) as server:
         bucket = bucket_at(server.endpoint_url, patience=Patience())
         options = ReadOptions(reader=reader, connections=connections)
         with open_model(bucket, MODEL, options=options) as stream:
             assert_whole(stream, published)
-        assert server.asked_before_the_header == AHEAD
+        assert server.asked_before_the_header == ahead
 
 
 def test_requests_are_large_and_at_the_end_small_enough_for_everybody(published):
