@@ -32,18 +32,22 @@ class HoldingServer(ObjectServer):
     def __init__(self, folder: Path, enough: int) -> None:
         self._enough = enough
         self._others = threading.Semaphore(0)
+        self._asked = threading.Event()
         self.asked_before_the_header = 0
         super().__init__(folder)
 
     def _answer(self, client, request: Head) -> None:
         wanted = request.get("range")
         if FILE in request.start and wanted and wanted.startswith("bytes=0-"):
+            if self._asked.is_set():  # on a slow machine, a second try
+                return super()._answer(client, request)
+            self._asked.set()
             waits = [DEADLINE] * self._enough + [0.3]  # the last: for who would ask for more
             asked = [self._others.acquire(timeout=seconds) for seconds in waits]
             self.asked_before_the_header = sum(asked)
         elif FILE in request.start:
             self._others.release()
-        super()._answer(client, request)
+        return super()._answer(client, request)
 
 
 @pytest.fixture(scope="module")
