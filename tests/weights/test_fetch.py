@@ -27,26 +27,32 @@ DEADLINE = 10.0  # seconds
 
 
 class HoldingServer(ObjectServer):
-    """Keeps the answer with the large file's first bytes until `enough` other ranges of it were asked for."""
+    """Keeps the answer with the large file's first bytes until `enough` other ranges of it were asked for.
+
+    Ranges are counted once: on a slow machine a second try may come for any.
+    """
 
     def __init__(self, folder: Path, enough: int) -> None:
         self._enough = enough
-        self._others = threading.Semaphore(0)
-        self._asked = threading.Event()
+        self._others: set[str] = set()
+        self._asked = threading.Condition()
+        self._held = threading.Event()
         self.asked_before_the_header = 0
         super().__init__(folder)
 
     def _answer(self, client, request: Head) -> None:
-        wanted = request.get("range")
-        if FILE in request.start and wanted and wanted.startswith("bytes=0-"):
-            if self._asked.is_set():  # on a slow machine, a second try
-                return super()._answer(client, request)
-            self._asked.set()
-            waits = [DEADLINE] * self._enough + [0.3]  # the last: for who would ask for more
-            asked = [self._others.acquire(timeout=seconds) for seconds in waits]
-            self.asked_before_the_header = sum(asked)
-        elif FILE in request.start:
-            self._others.release()
+        wanted = request.get("range") or ""
+        if FILE in request.start and not wanted.startswith("bytes=0-"):
+            with self._asked:
+                self._others.add(wanted)
+                self._asked.notify_all()
+        elif FILE in request.start and not self._held.is_set():
+            self._held.set()
+            with self._asked:
+                self._asked.wait_for(lambda: len(self._others) >= self._enough, DEADLINE)
+                # For who would ask for more.
+                self._asked.wait_for(lambda: len(self._others) > self._enough, 0.3)
+                self.asked_before_the_header = len(self._others)
         return super()._answer(client, request)
 
 
