@@ -36,7 +36,7 @@ class HoldingServer(ObjectServer):
         self._enough = enough
         self._others: set[str] = set()
         self._asked = threading.Condition()
-        self._held = threading.Event()
+        self._released = threading.Event()
         self.asked_before_the_header = 0
         super().__init__(folder)
 
@@ -46,13 +46,13 @@ class HoldingServer(ObjectServer):
             with self._asked:
                 self._others.add(wanted)
                 self._asked.notify_all()
-        elif FILE in request.start and not self._held.is_set():
-            self._held.set()
+        elif FILE in request.start and not self._released.is_set():
             with self._asked:
                 self._asked.wait_for(lambda: len(self._others) >= self._enough, DEADLINE)
                 # For who would ask for more.
                 self._asked.wait_for(lambda: len(self._others) > self._enough, 0.3)
-                self.asked_before_the_header = len(self._others)
+                self.asked_before_the_header = self.asked_before_the_header or len(self._others)
+                self._released.set()
         return super()._answer(client, request)
 
 
