@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from weights.objects import ObjectReader
 
 REQUEST_CHUNKS = 2  # in one request: 32 MiB, the most that TAG keeps of one range
-AHEAD = 12  # chunks at once that are read before it is known where they belong; each is copied when it is
+# Chunks at once that are read before it is known where they belong; each is copied when it is. In host memory they take
+# the place of what they are copied to, which nobody has touched yet; beside a card they come on top of the ring.
+AHEAD = 32
+AHEAD_OF_A_CARD = 12
 INTERVAL = 0.1  # seconds between two looks at the rate
 CLAIMED_ELSEWHERE = 0.01  # seconds between two looks at chunks that another process is fetching
 HEDGE_AFTER = 3.0  # times the median time of a chunk
@@ -48,6 +51,7 @@ class Fetcher:
         pace: Pace,
         verify: bool = True,
         cache: NodeCache | None = None,
+        ahead: int = AHEAD,
         on_end: Callable[[], None] | None = None,
     ) -> None:
         self.counters = Counters()
@@ -64,6 +68,7 @@ class Fetcher:
             deque()
         )  # being fetched by another process on this node
         self._rests: dict[str, list[Chunk]] = {}
+        self._most_ahead = ahead
         self._ahead: dict[str, int] = {}  # chunks taken from each rest
         self._in_flight: list[Flight] = []
         self._hedges: list[Hedge] = []
@@ -190,7 +195,7 @@ class Fetcher:
         return []
 
     def _allowed_ahead(self) -> int:
-        return AHEAD - sum(self._ahead.values())
+        return self._most_ahead - sum(self._ahead.values())
 
     def _take_off(self, chunks: Sequence[Chunk], after: float = 0.0) -> Flight:
         flight = Flight(self._route, chunks, after=after)
@@ -227,7 +232,11 @@ class Fetcher:
         return []
 
     def _hedge(self) -> Hedge | None:
-        """A second try beside the slowest flight, when it takes far longer than others did."""
+        """A second try beside the slowest flight, when it takes far longer than others did.
+
+        Not where a node's replicas share what is read: while they start together the cores are what is slow, and of
+        8 replicas' hedges none was ever first; they only had up to an eighth of the model sent twice.
+        """
         if not self._durations or len(self._hedges) >= HEDGES:
             return None
         usual = statistics.median(self._durations)
@@ -237,6 +246,7 @@ class Fetcher:
             for flight in self._in_flight
             if flight.reading
             and not flight.hedged
+            and not flight.fills_the_cache
             and now - flight.since > max(HEDGE_AT_LEAST, HEDGE_AFTER * usual)
             and flight.remaining_seconds(now) > HEDGE_AFTER * usual
         ]

@@ -171,6 +171,11 @@ class Flight:
             self._release_claims()
             self.over.set()
 
+    @property
+    def fills_the_cache(self) -> bool:
+        """Whether all processes of this node wait for the same bytes, and read them once."""
+        return self._route.cached(self._file) is not None
+
     def remaining_seconds(self, now: float) -> float:
         """What the chunk being read will still take, at the rate it has had so far."""
         chunk = next(iter(self.chunks), None)

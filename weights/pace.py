@@ -13,6 +13,7 @@ WORTH_IT = 1.12  # a step up is kept when the rate grew by so much
 # Bytes per second over one connection, from which on it keeps a good part of a core busy: with as many such connections
 # as cores, more of them bring nothing, and trying costs.
 FAST = 250e6
+PLAINLY_SLOW = 125e6  # bytes per second over one connection
 FIRST_STEP = 8  # times as many: S3 gives some 90 MB/s a connection, and a model is soon read
 STEP = 2
 LOOKS = 2  # intervals that a rate is the mean of: in one, a few reads more or less make a tenth
@@ -59,9 +60,9 @@ class Pace:
             self._settling = False
             return
         self._seen.append(rate)
-        if len(self._seen) < LOOKS:
+        if len(self._seen) < LOOKS and not self._is_plainly_slow(rate):
             return
-        rate = sum(self._seen) / LOOKS
+        rate = sum(self._seen) / len(self._seen)
         self._seen.clear()
         if self._before is not None and rate < self._before[1] * WORTH_IT:
             # More brought nothing. What did as well with fewer is kept: connections cost the server and us.
@@ -75,6 +76,10 @@ class Pace:
             self._before = (self.target, rate)
             self._set(min(self._step * self.target, self._limit))
             self._step = STEP
+
+    def _is_plainly_slow(self, rate: float) -> bool:
+        """Whether the first step needs no second look: no hiccup of a fast wire's makes it this slow."""
+        return self._step == FIRST_STEP and rate < PLAINLY_SLOW * self.target
 
     def _cores_are_busy(self, rate: float) -> bool:
         return self.target >= self._cores and rate >= FAST * self.target

@@ -26,7 +26,7 @@ from weights.cache import NodeCache
 from weights.chunks import Chunk, SnapshotFile
 from weights.endpoint import Endpoint
 from weights.errors import WeightsError
-from weights.fetch import Fetcher
+from weights.fetch import AHEAD_OF_A_CARD, Fetcher
 from weights.objects import ObjectReader
 from weights.pace import Pace, first_connections
 from weights.ring import Ring, RingSink
@@ -126,6 +126,7 @@ def main(arguments: list[str]) -> None:
         ),
         verify=order["verify"],
         cache=cache,
+        ahead=AHEAD_OF_A_CARD,
     )
     threading.Thread(target=_listen, args=(line, sink), daemon=True).start()
     fetcher.start()

@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = 4096
 SHARE_OF_FREE = 0.85
-# Seconds. Linux reports what was freed in passes 2 s apart (mm/page_reporting.c). A pass that earlier frees brought about
-# would otherwise fall into every second measurement and take warm pages away: the same load took 0.8 s or 1.0.
+# Seconds. Linux reports what was freed in passes 2 s apart (mm/page_reporting.c). A pass that earlier frees had brought
+# about would fall into every second measurement and take warm pages away: the same load took 0.8 s or 1.0.
 HELD_FOR = 2.6
 
 

@@ -6,6 +6,7 @@ chooses, where a few cores soon are: every replica copies and verifies all bytes
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def _round(server: Server, target: Target, count: int, connections: int | None) 
         server.forget_sent()
         found["alone"] = measure(cached, target)["seconds"]
         found["sent alone"] = server.sent_bytes() / target.file_bytes
+        os.sync()  # or what was just written goes to the disk while it is read
         found["warm cache"] = measure(cached, target)["seconds"]
         plain = Way(
             "readinto",

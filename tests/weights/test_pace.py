@@ -13,6 +13,7 @@ from weights.pace import (
     FIRST_STEP,
     LIMIT,
     LOOKS,
+    PLAINLY_SLOW,
     RESPITE,
     SETTLED_AT_MOST,
     SETTLED_FOR,
@@ -100,10 +101,10 @@ def test_each_further_try_in_vain_comes_later_than_the_one_before():
 
 def test_one_interval_of_good_or_bad_luck_decides_nothing():
     pace = Pace()
-    for number, luck in enumerate([1.0, 1.3, 0.9]):  # a burst while it takes its first look
+    for number, luck in enumerate([1.0, 1.3]):  # a burst while it takes its first look
         pace.observe(ONE * FIRST * luck, number * INTERVAL)
     assert pace.target == FIRST_STEP * FIRST
-    for number, luck in enumerate([0.1, 0.2, 0.8], start=3):  # and a hiccup at the next
+    for number, luck in enumerate([0.1, 0.2, 0.8], start=2):  # and a hiccup at the next
         pace.observe(ONE * FIRST_STEP * FIRST * luck, number * INTERVAL)
     assert pace.target == STEP * FIRST_STEP * FIRST
 
@@ -112,12 +113,20 @@ def test_the_interval_in_which_connections_are_still_opening_decides_nothing():
     pace = Pace()
     pace.observe(0.0, 0.0)
     assert pace.target == FIRST
-    for look in range(1, 1 + LOOKS):
-        pace.observe(ONE * FIRST, look * INTERVAL)
+    pace.observe(ONE * FIRST, INTERVAL)
     assert pace.target == FIRST_STEP * FIRST
 
-    pace.observe(0.0, (1 + LOOKS) * INTERVAL)  # the new ones are on their way
+    pace.observe(0.0, 2 * INTERVAL)  # the new ones are on their way
 
+    assert pace.target == FIRST_STEP * FIRST
+
+
+def test_a_wire_that_is_not_plainly_slow_gets_a_second_look():
+    pace = Pace(cores=FIRST)
+    for number, luck in enumerate([1.0, 0.6, 1.4]):  # a hiccup at the first
+        pace.observe(PLAINLY_SLOW * FIRST * 1.9 * luck, number * INTERVAL)
+        if number == 1:
+            assert pace.target == FIRST
     assert pace.target == FIRST_STEP * FIRST
 
 
