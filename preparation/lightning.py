@@ -13,6 +13,7 @@ from typing import Final
 from diffusion.recipe import Source, lightning_recipe
 from preparation.errors import UsageError
 from preparation.hub import Hub, HubRepo
+from preparation.patterns import EVERYTHING, Patterns
 from preparation.plan import (
     Component,
     Copy,
@@ -38,11 +39,13 @@ def is_lightning(repo_id: str) -> bool:
     return repo_id.casefold() == LIGHTNING_REPO.casefold()
 
 
-def plan_lightning(hub: Hub, revision: str | None, jobs: int) -> Plan:
-    """Plan the assembly; `revision` is of the Lightning repo.
+def plan_lightning(
+    hub: Hub, revision: str | None, jobs: int, patterns: Patterns = EVERYTHING
+) -> Plan:
+    """Plan the assembly; `revision` and `patterns` are of the Lightning repo.
 
     Raises:
-        UsageError: one of the repos cannot be read, or no longer holds what is needed.
+        UsageError: one of the repos cannot be read, or no longer holds what is needed, or a pattern hides the UNet.
     """
     lightning = hub.open(LIGHTNING_REPO, revision)
     base = hub.open(BASE_REPO)
@@ -53,6 +56,7 @@ def plan_lightning(hub: Hub, revision: str | None, jobs: int) -> Plan:
                 f"{repo.repo_id} at {repo.commit} has no {path}. Has the repo changed its layout? "
                 "Try an earlier --revision."
             )
+    patterns.check([UNET_FILE], lightning.label)
     index = open_model_index(base)
     selection = select(base.files, index, base.label)
     kept = [path for path in selection.configs if path != "vae/config.json"]
@@ -66,6 +70,7 @@ def plan_lightning(hub: Hub, revision: str | None, jobs: int) -> Plan:
         licence=lightning.licence,
         parts=tuple(f"{repo.repo_id}@{repo.commit}" for repo in (lightning, base, vae)),
     )
+    source = patterns.recorded(source) or source
     native_size = recipe_from_configs(configs, base.label).native_size
     recipe = lightning_recipe(STEPS, source=source).model_copy(update={"native_size": native_size})
     texts = published_texts(index, configs["scheduler/scheduler_config.json"], recipe)

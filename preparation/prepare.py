@@ -19,6 +19,7 @@ from preparation.folder import LocalFolder
 from preparation.hub import Hub, HubRepo, is_repo_id
 from preparation.lightning import is_lightning, plan_lightning
 from preparation.lock import claim
+from preparation.patterns import EVERYTHING, Patterns
 from preparation.plan import Plan, plan_mirror
 from preparation.progress import Progress
 from settings import SettingsError
@@ -64,6 +65,7 @@ class Request:
     folder: Path = DEFAULT_FOLDER
     jobs: int = DEFAULT_JOBS
     repair: bool = False
+    patterns: Patterns = EVERYTHING
     hub: Hub = field(default_factory=Hub)
 
     @property
@@ -110,9 +112,10 @@ def make_plan(request: Request) -> Plan:
     if request.is_folder:
         if request.revision:
             raise UsageError("--revision is of a Hub repo; a local folder is taken as it is.")
-        return plan_mirror(LocalFolder.open(Path(request.source).expanduser()), None, request.jobs)
+        folder = LocalFolder.open(Path(request.source).expanduser())
+        return plan_mirror(folder, None, request.jobs, request.patterns)
     if is_lightning(request.source):
-        return plan_lightning(request.hub, request.revision, request.jobs)
+        return plan_lightning(request.hub, request.revision, request.jobs, request.patterns)
     try:
         repo = request.hub.open(request.source, request.revision)
     except UsageError as error:
@@ -120,7 +123,7 @@ def make_plan(request: Request) -> Plan:
             raise
         raise UsageError(f"{error} If the local folder is meant, add --name.") from error
     source = Source(repo=repo.repo_id, revision=repo.commit, licence=repo.licence)
-    return plan_mirror(repo, source, request.jobs)
+    return plan_mirror(repo, source, request.jobs, request.patterns)
 
 
 def check_bucket(bucket: Bucket, model_path: str) -> str | None:

@@ -18,6 +18,7 @@ sys.path.insert(
 import preparation
 from preparation import Progress, Request
 from preparation.assemble import Prepared
+from preparation.patterns import Patterns
 from preparation.plan import Plan
 from preparation.report import (
     describe_download,
@@ -54,6 +55,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
         folder=arguments.destdir,
         jobs=arguments.jobs,
         repair=arguments.repair,
+        patterns=Patterns(tuple(arguments.allow), tuple(arguments.ignore)),
     )
     settings = load_storage_settings()
     plan = preparation.make_plan(request)
@@ -122,6 +124,20 @@ def _parse() -> argparse.Namespace:
         "--revision",
         metavar="REV",
         help="branch, tag or commit of the Hub repo (default: its main branch)",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="take only files of the source that match this shell pattern, or another --allow",
+    )
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="take no file of the source that matches, such as '*.fp16.*' for the full precision; repeatable",
     )
     parser.add_argument(
         "--destdir",
