@@ -104,8 +104,11 @@ def plan_mirror(
     source: Source | None,
     jobs: int,
     patterns: Patterns = EVERYTHING,
+    given: Recipe | None = None,
 ) -> Plan:
     """Plan to publish a diffusers folder as it is, less what no pipeline here needs.
+
+    `given` is the recipe where it is known; else the folder's own is taken, or what its configs say.
 
     Raises:
         UsageError: it is no diffusers folder, not of a supported pipeline, incomplete, or a pattern hides a part that
@@ -114,7 +117,7 @@ def plan_mirror(
     index = open_model_index(origin)
     selection = _select(origin, index, patterns)
     configs = read_configs(origin, selection.configs, jobs)
-    given = read_recipe(origin)
+    given = given or read_recipe(origin)
     with_index = {**configs, "model_index.json": json.dumps(index).encode()}
     recipe = given or recipe_from_configs(with_index, origin.label)
     source = patterns.recorded(source or recipe.source)

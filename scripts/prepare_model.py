@@ -1,4 +1,4 @@
-"""Brings a model from the Hugging Face Hub or a local folder into a bucket, ready to be served.
+"""Brings a model from the Hugging Face Hub, a local folder or another bucket into a bucket, ready to be served.
 
 Only the command line lives here; the work is in the preparation and weights rooms.
 
@@ -28,7 +28,7 @@ from preparation.report import (
     describe_source,
     environment_block,
 )
-from settings import StorageSettings, load_storage_settings
+from settings import StorageSettings, load_source_settings
 from weights import Bucket
 
 
@@ -48,6 +48,7 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace, progress: Progress) -> None:
+    settings = load_source_settings()
     request = Request(
         source=arguments.source,
         name=arguments.name,
@@ -55,9 +56,9 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
         folder=arguments.destdir,
         jobs=arguments.jobs,
         repair=arguments.repair,
+        access=settings,
         patterns=Patterns(tuple(arguments.allow), tuple(arguments.ignore)),
     )
-    settings = load_storage_settings()
     plan = preparation.make_plan(request)
     if arguments.dry_run:
         _show(request, plan, settings, arguments.bucket, progress)
@@ -104,21 +105,23 @@ def _show_publication(
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="prepare_model.py",
-        description="Bring a model from the Hugging Face Hub or a local folder into a bucket.",
+        description="Bring a model from the Hugging Face Hub, a local folder or another bucket into a bucket.",
         epilog="The bucket's keys, endpoint and region come from the environment (AWS_ACCESS_KEY_ID, "
-        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_REGION); the Hub is reached as HF_ENDPOINT, HF_TOKEN, "
-        "HF_HOME and HF_HUB_OFFLINE say.",
+        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_REGION); those of an s3:// source are the same, or what "
+        "SOURCE_AWS_ACCESS_KEY_ID and so on say; the Hub is reached as HF_ENDPOINT, HF_TOKEN, HF_HOME and "
+        "HF_HUB_OFFLINE say.",
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a Hub repo (OWNER/NAME) or a local diffusers folder; ByteDance/SDXL-Lightning is joined with SDXL base",
+        help="a Hub repo (OWNER/NAME), a local diffusers folder or one in a bucket (s3://BUCKET/FOLDER); "
+        "ByteDance/SDXL-Lightning is joined with SDXL base",
     )
     parser.add_argument("bucket", metavar="BUCKET", help="the bucket to publish to")
     parser.add_argument(
         "--name",
         metavar="MODEL_PATH",
-        help="what to call the model in the bucket; the repo's own name by default, needed for a folder",
+        help="what to call the model in the bucket; the repo's own name by default, needed for anything else",
     )
     parser.add_argument(
         "--revision",
