@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusion.errors import ModelError
 from diffusion.recipe import Recipe, Source
+from preparation.described import describe_other
 from preparation.errors import UsageError
 from preparation.origin import Origin
 from preparation.patterns import EVERYTHING, Patterns
@@ -157,17 +158,8 @@ def _select(origin: Origin, index: Mapping[str, Any], patterns: Patterns) -> Sel
 def open_model_index(origin: Origin) -> dict[str, Any]:
     """The origin's model_index.json, checked to be a supported pipeline's."""
     if "model_index.json" not in origin.files:
-        single = sorted(
-            path for path in origin.files if "/" not in path and path.endswith(".safetensors")
-        )
-        seen = (
-            f" It holds {single[0]}, which is a single-file checkpoint or an add-on."
-            if single
-            else ""
-        )
         raise UsageError(
-            f"{origin.label} has no model_index.json, so it is not a diffusers model.{seen} Give the repo or folder "
-            "of the whole pipeline, with unet/, vae/, text_encoder/ and so on."
+            f"{origin.label} has no model_index.json, so it is not a diffusers model. {describe_other(origin)}"
         )
     return read_model_index(origin.read("model_index.json"), origin.label)
 

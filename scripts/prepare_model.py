@@ -28,6 +28,7 @@ from preparation.report import (
     describe_source,
     environment_block,
 )
+from preparation.truss import plan_truss, read_truss
 from settings import StorageSettings, load_source_settings
 from weights import Bucket
 
@@ -59,7 +60,24 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
         access=settings,
         patterns=Patterns(tuple(arguments.allow), tuple(arguments.ignore)),
     )
-    plan = preparation.make_plan(request)
+    if not arguments.from_truss:
+        _carry_out(request, preparation.make_plan(request), settings, arguments, progress)
+        return
+    config = Path(arguments.source)
+    requests = read_truss(config, request)
+    plans = plan_truss(config, requests)
+    for number, (request, plan) in enumerate(zip(requests, plans, strict=True), start=1):
+        print(f"\n{request.source} ({number} of {len(plans)})\n", flush=True)
+        _carry_out(request, plan, settings, arguments, progress)
+
+
+def _carry_out(
+    request: Request,
+    plan: Plan,
+    settings: StorageSettings,
+    arguments: argparse.Namespace,
+    progress: Progress,
+) -> None:
     if arguments.dry_run:
         _show(request, plan, settings, arguments.bucket, progress)
         return
@@ -143,6 +161,11 @@ def _parse() -> argparse.Namespace:
         help="take no file of the source that matches, such as '*.fp16.*' for the full precision; repeatable",
     )
     parser.add_argument(
+        "--from-truss",
+        action="store_true",
+        help="SOURCE is a Truss config: publish every entry of its model_cache, each as a model of its own",
+    )
+    parser.add_argument(
         "--destdir",
         type=Path,
         default=preparation.DEFAULT_FOLDER,
@@ -168,7 +191,12 @@ def _parse() -> argparse.Namespace:
         help="show what would move, and write nothing to the bucket; of a repo only small config files are "
         "downloaded, a folder is prepared in --destdir and kept there",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.from_truss:
+        for option in ("name", "revision", "allow", "ignore"):
+            if getattr(arguments, option):
+                parser.error(f"--from-truss: every entry says that itself; leave out --{option}")
+    return arguments
 
 
 def _positive(text: str) -> int:
