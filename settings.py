@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -73,6 +74,11 @@ def _http_url(value: str) -> str:
     if url.username or url.password or url.query or url.fragment:
         raise ValueError("must not carry a user, a password, a query or a fragment")
     return value.rstrip("/")
+
+
+def _with_scheme(value: Any) -> Any:
+    """An emulator's address is often written without one."""
+    return f"http://{value}" if isinstance(value, str) and "://" not in value else value
 
 
 def _absolute(value: Path) -> Path:
@@ -191,6 +197,21 @@ class SourceSettings(StorageSettings):
         pattern=r"^[a-z0-9-]+$",
     )
 
+    google_credentials: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "the key file of a service account that may read a gs:// source",
+        "/home/me/service_account.json",
+        default=None,
+    )
+    gcs_endpoint: Annotated[str, BeforeValidator(_with_scheme), AfterValidator(_http_url)] = (
+        _variable(
+            "STORAGE_EMULATOR_HOST",
+            "a server that stands in for Google Cloud Storage",
+            "http://localhost:9023",
+            default="https://storage.googleapis.com",
+        )
+    )
+
     @model_validator(mode="after")
     def _source_keypair_is_whole(self) -> SourceSettings:
         if (self.source_access_key_id is None) != (self.source_secret_access_key is None):
@@ -221,6 +242,24 @@ class SourceSettings(StorageSettings):
         elif self.source_region is not None:
             changes["region"] = self.source_region
         return self.model_copy(update=changes)
+
+    def gcs_storage(self) -> StorageSettings:
+        """How to reach a gs:// source through the XML API: signed where there is an HMAC keypair and nothing better.
+
+        Google's access IDs begin with GOOG. Any other keypair is of another server, and is not shown to this one.
+        """
+        known = self.source_access_key_id or ""
+        signs = known.startswith("GOOG") and self.google_credentials is None
+        return self.model_copy(
+            update={
+                "access_key_id": self.source_access_key_id if signs else None,
+                "secret_access_key": self.source_secret_access_key if signs else None,
+                "session_token": None,
+                "endpoint_url": self.gcs_endpoint,
+                "region": "auto",
+                "addressing_style": "path",
+            }
+        )
 
 
 class CommandSettings(StorageSettings):

@@ -16,7 +16,14 @@ from weights.errors import BucketError, ObjectChangedError, WeightsError
 from weights.objects import UNREACHABLE
 
 _KEY_ERRORS = frozenset(
-    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
+    {
+        "AuthenticationRequired",  # Google, of a token
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidSecurity",  # Google, of an HMAC keypair
+        "InvalidToken",
+        "SignatureDoesNotMatch",
+    }
 )
 _REGION_ERRORS = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed"})
 

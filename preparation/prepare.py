@@ -17,6 +17,7 @@ from preparation.assemble import Prepared, assemble, find_prepared
 from preparation.bucket_origin import BucketOrigin
 from preparation.errors import PreparationError, UsageError
 from preparation.folder import LocalFolder
+from preparation.gcs_origin import open_gcs
 from preparation.hub import Hub
 from preparation.lightning import is_lightning, plan_lightning
 from preparation.lock import claim
@@ -121,11 +122,11 @@ def make_plan(request: Request) -> Plan:
     if place.kind is SourceKind.FOLDER:
         folder = LocalFolder.open(Path(request.source).expanduser())
         return plan_mirror(folder, None, request.jobs, request.patterns)
-    if place.kind is SourceKind.S3:
+    if place.bucket:
+        opened = open_s3 if place.kind is SourceKind.S3 else open_gcs
         cache = request.folder.expanduser() / CACHE_NAME
-        return _plan_from_bucket(
-            open_s3(place, request.access, cache=cache, jobs=request.jobs), request
-        )
+        origin = opened(place, request.access, cache=cache, jobs=request.jobs)
+        return _plan_from_bucket(origin, request)
     if is_lightning(request.source):
         return plan_lightning(request.hub, request.revision, request.jobs, request.patterns)
     try:

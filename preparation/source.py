@@ -17,9 +17,10 @@ class SourceKind(Enum):
     HUB = "a Hub repo"
     FOLDER = "a local folder"
     S3 = "an S3 bucket"
+    GCS = "a Google Cloud Storage bucket"
 
 
-_BY_SCHEME = {"s3": SourceKind.S3}
+_BY_SCHEME = {"s3": SourceKind.S3, "gs": SourceKind.GCS}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from preparation.prepare import EXPECTED_ERRORS, Request, make_plan
 from preparation.source import SourceKind
 
 _NAMES = ("model_cache", "hf_cache")
-_KINDS = {"hf": SourceKind.HUB, "s3": SourceKind.S3}
+_KINDS = {"hf": SourceKind.HUB, "s3": SourceKind.S3, "gcs": SourceKind.GCS}
 _SIZE_LIMIT = 1_000_000  # bytes; a config is a page or two
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
@@ -136,7 +136,7 @@ def _parse(entry: Any) -> _Entry:
 def _problem(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":
-        return f"{name} is missing: where the model is, OWNER/NAME or s3://BUCKET/FOLDER"
+        return f"{name} is missing: where the model is, OWNER/NAME, or a folder in a bucket"
     if problem["type"] == "extra_forbidden":
         return f"{name!r} is no key of an entry (known are {', '.join(_Entry.model_fields)})"
     quoted = (

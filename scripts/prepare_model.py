@@ -126,13 +126,15 @@ def _parse() -> argparse.Namespace:
         description="Bring a model from the Hugging Face Hub, a local folder or another bucket into a bucket.",
         epilog="The bucket's keys, endpoint and region come from the environment (AWS_ACCESS_KEY_ID, "
         "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_REGION); those of an s3:// source are the same, or what "
-        "SOURCE_AWS_ACCESS_KEY_ID and so on say; the Hub is reached as HF_ENDPOINT, HF_TOKEN, HF_HOME and "
+        "SOURCE_AWS_ACCESS_KEY_ID and so on say, of a gs:// source what "
+        "GOOGLE_APPLICATION_CREDENTIALS says; the Hub is reached as HF_ENDPOINT, HF_TOKEN, HF_HOME and "
         "HF_HUB_OFFLINE say.",
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a Hub repo (OWNER/NAME), a local diffusers folder or one in a bucket (s3://BUCKET/FOLDER); "
+        help="a Hub repo (OWNER/NAME), a local diffusers folder or one in a bucket (s3://BUCKET/FOLDER, "
+        "gs://BUCKET/FOLDER); "
         "ByteDance/SDXL-Lightning is joined with SDXL base",
     )
     parser.add_argument("bucket", metavar="BUCKET", help="the bucket to publish to")

@@ -185,3 +185,16 @@ def test_a_source_s_secret_is_in_no_repr_and_no_dump():
     settings = load_source_settings(COMPLETE | SOURCE)
     for shown in (repr(settings), str(settings), settings.model_dump_json()):
         assert "hunter2" not in shown
+
+
+def test_google_is_shown_no_keypair_of_another_server():
+    ours = load_source_settings(COMPLETE | SOURCE).gcs_storage()
+    assert ours.access_key_id is None
+    assert ours.endpoint_url == "https://storage.googleapis.com"
+    hmac = load_source_settings(COMPLETE | SOURCE | {"SOURCE_AWS_ACCESS_KEY_ID": "GOOG1E"})
+    assert hmac.gcs_storage().access_key_id == "GOOG1E"
+
+
+def test_an_emulator_may_be_named_without_a_scheme():
+    settings = load_source_settings({"STORAGE_EMULATOR_HOST": "localhost:9023"})
+    assert settings.gcs_storage().endpoint_url == "http://localhost:9023"

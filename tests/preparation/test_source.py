@@ -20,6 +20,7 @@ from preparation.source import SourceKind, parse_source
         ("s3://models", (SourceKind.S3, "models", "")),
         ("s3://models/", (SourceKind.S3, "models", "")),
         ("S3://models/team/mine/", (SourceKind.S3, "models", "team/mine")),
+        ("gs://models/mine", (SourceKind.GCS, "models", "mine")),
     ],
 )
 def test_source_is_taken_apart(text: str, expected: tuple[SourceKind, str, str]) -> None:
