@@ -32,15 +32,16 @@ class Explanation:
         return f"{self.cause}. {self.advice}"
 
 
-def connect(settings: StorageSettings, *, connections: int = 32) -> S3Client:
+def connect(settings: StorageSettings, *, connections: int = 32, sign: bool = True) -> S3Client:
     """Make a client that retries by itself, for at most `connections` calls at once.
 
     Path-style addressing with a custom endpoint: gateways and caches such as TAG need it, and a host name per
     bucket rarely resolves there. Checksum trailers only where S3 requires them: Tigris and older servers reject
-    them, and the rooms verify what they read and write themselves. Raises SettingsError for an AWS profile that is
-    not there.
+    them, and the rooms verify what they read and write themselves. `sign=False` is for servers that know a caller by
+    other means, or let everyone in. Raises SettingsError for an AWS profile that is not there.
     """
     import boto3
+    from botocore import UNSIGNED
     from botocore import exceptions as botocore_errors
     from botocore.config import Config
 
@@ -65,7 +66,7 @@ def connect(settings: StorageSettings, *, connections: int = 32) -> S3Client:
         region_name=session.region_name or "us-east-1",
         endpoint_url=settings.endpoint_url,
         config=Config(
-            signature_version="s3v4",
+            signature_version="s3v4" if sign else UNSIGNED,
             s3={"addressing_style": style},
             retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
             connect_timeout=CONNECT_TIMEOUT,

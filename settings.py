@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -73,6 +74,11 @@ def _http_url(value: str) -> str:
     if url.username or url.password or url.query or url.fragment:
         raise ValueError("must not carry a user, a password, a query or a fragment")
     return value.rstrip("/")
+
+
+def _with_scheme(value: Any) -> Any:
+    """An emulator's address is often written without one."""
+    return f"http://{value}" if isinstance(value, str) and "://" not in value else value
 
 
 def _absolute(value: Path) -> Path:
@@ -155,6 +161,105 @@ class StorageSettings(BaseModel):
                 "For Tigris: AWS_ENDPOINT_URL_S3=https://t3.storage.dev. For AWS: AWS_REGION=us-east-1."
             )
         return self
+
+
+class SourceSettings(StorageSettings):
+    """What scripts/prepare_model.py needs: the bucket it publishes to, and the one that a model may come from."""
+
+    source_access_key_id: Annotated[str, AfterValidator(_without_spaces)] | None = _variable(
+        "SOURCE_AWS_ACCESS_KEY_ID",
+        "the access key ID of a keypair that may list and read the source bucket",
+        "AKIA…",
+        default=None,
+        repr=False,
+    )
+    source_secret_access_key: (
+        Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None
+    ) = _variable(
+        "SOURCE_AWS_SECRET_ACCESS_KEY", "the secret half of that keypair", "wJal…", default=None
+    )
+    source_session_token: Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None = (
+        _variable(
+            "SOURCE_AWS_SESSION_TOKEN", "the token of temporary credentials", "IQoJ…", default=None
+        )
+    )
+    source_endpoint_url: HttpUrl | None = _variable(
+        "SOURCE_AWS_ENDPOINT_URL_S3",
+        "the S3 server of the source bucket, where it is another one",
+        "https://s3.us-east-1.amazonaws.com",
+        default=None,
+    )
+    source_region: str | None = _variable(
+        "SOURCE_AWS_REGION",
+        "the source bucket's region",
+        "us-east-1",
+        default=None,
+        pattern=r"^[a-z0-9-]+$",
+    )
+
+    google_credentials: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "the key file of a service account that may read a gs:// source",
+        "/home/me/service_account.json",
+        default=None,
+    )
+    gcs_endpoint: Annotated[str, BeforeValidator(_with_scheme), AfterValidator(_http_url)] = (
+        _variable(
+            "STORAGE_EMULATOR_HOST",
+            "a server that stands in for Google Cloud Storage",
+            "http://localhost:9023",
+            default="https://storage.googleapis.com",
+        )
+    )
+
+    @model_validator(mode="after")
+    def _source_keypair_is_whole(self) -> SourceSettings:
+        if (self.source_access_key_id is None) != (self.source_secret_access_key is None):
+            raise ValueError(
+                "a source's keypair is SOURCE_AWS_ACCESS_KEY_ID and SOURCE_AWS_SECRET_ACCESS_KEY together. "
+                "Set both, or neither to read the source with AWS_ACCESS_KEY_ID."
+            )
+        if self.source_session_token and not self.source_access_key_id:
+            raise ValueError(
+                "SOURCE_AWS_SESSION_TOKEN needs the keypair it belongs to: set SOURCE_AWS_ACCESS_KEY_ID and "
+                "SOURCE_AWS_SECRET_ACCESS_KEY too, or unset it."
+            )
+        return self
+
+    def source_storage(self) -> StorageSettings:
+        """How to reach an s3:// source: as the bucket that is published to, but for what the SOURCE_ variables say.
+
+        A token belongs to its keypair and a region to its server, so neither is inherited without them.
+        """
+        changes: dict[str, Any] = {}
+        if self.source_access_key_id is not None:
+            changes["access_key_id"] = self.source_access_key_id
+            changes["secret_access_key"] = self.source_secret_access_key
+            changes["session_token"] = self.source_session_token
+        if self.source_endpoint_url is not None:
+            changes["endpoint_url"] = self.source_endpoint_url
+            changes["region"] = self.source_region
+        elif self.source_region is not None:
+            changes["region"] = self.source_region
+        return self.model_copy(update=changes)
+
+    def gcs_storage(self) -> StorageSettings:
+        """How to reach a gs:// source through the XML API: signed where there is an HMAC keypair and nothing better.
+
+        Google's access IDs begin with GOOG. Any other keypair is of another server, and is not shown to this one.
+        """
+        known = self.source_access_key_id or ""
+        signs = known.startswith("GOOG") and self.google_credentials is None
+        return self.model_copy(
+            update={
+                "access_key_id": self.source_access_key_id if signs else None,
+                "secret_access_key": self.source_secret_access_key if signs else None,
+                "session_token": None,
+                "endpoint_url": self.gcs_endpoint,
+                "region": "auto",
+                "addressing_style": "path",
+            }
+        )
 
 
 class CommandSettings(StorageSettings):
@@ -290,6 +395,11 @@ SettingsType = TypeVar("SettingsType", bound=StorageSettings)
 def load_storage_settings(environ: Mapping[str, str] | None = None) -> StorageSettings:
     """The storage part alone. Raises SettingsError."""
     return _load(StorageSettings, os.environ if environ is None else environ)
+
+
+def load_source_settings(environ: Mapping[str, str] | None = None) -> SourceSettings:
+    """The storage to publish to, and the bucket a model may come from. Raises SettingsError."""
+    return _load(SourceSettings, os.environ if environ is None else environ)
 
 
 def load_command_settings(environ: Mapping[str, str] | None = None) -> CommandSettings:

@@ -60,13 +60,17 @@ class _Frozen(BaseModel):
 class Source(_Frozen):
     """Where the weights came from, for provenance and licence.
 
-    `parts` names, as "owner/name@commit", every repo of a model that was put together from several.
+    `parts` names, as "owner/name@commit", every repo of a model that was put together from several. `allow` and
+    `ignore` are the patterns that left a part of the source out; a source taken as it is does not mention them, so
+    that its version keeps the name it had before there were any.
     """
 
     repo: str | None = None
     revision: str | None = None
     licence: str | None = None
     parts: tuple[str, ...] | None = None
+    allow: tuple[str, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
+    ignore: tuple[str, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class SchedulerRecipe(_Frozen):

@@ -19,7 +19,6 @@ from diffusion.recipe import Recipe
 from preparation import convert
 from preparation.errors import PreparationError, UsageError
 from preparation.fuse import LoraFile, Loras
-from preparation.hub import HubRepo
 from preparation.plan import Component, Plan
 from preparation.progress import Progress, Stage, human_size
 
@@ -103,10 +102,10 @@ def _fetch(plan: Plan, jobs: int, progress: Progress) -> Local:
         for origin, paths in fetched:
             found = origin.fetch(paths, jobs=jobs, on_bytes=stage.advance)
             local |= {(id(origin), path): place for path, place in found.items()}
-    from_hub = [(origin, paths) for origin, paths in fetched if isinstance(origin, HubRepo)]
-    total = sum(origin.files[path] for origin, paths in from_hub for path in paths)
+    arrived = [(origin, paths) for origin, paths in fetched if not origin.is_local]
+    total = sum(origin.files[path] for origin, paths in arrived for path in paths)
     with progress.stage("Check", total) as stage:
-        for origin, paths in from_hub:
+        for origin, paths in arrived:
             places = {path: local[id(origin), path] for path in paths}
             origin.check(places, jobs=jobs, on_bytes=stage.advance)
     return local
@@ -277,10 +276,9 @@ def _check_space(plan: Plan, folder: Path) -> None:
     destination = _existing(folder).stat().st_dev
     for component in plan.components:
         origin = component.origin
-        home = origin.hub.cache if isinstance(origin, HubRepo) else Path(origin.label)
         missing = origin.missing(component.files)
-        need(home, sum(origin.files[path] for path in missing))
-        linked = _existing(home).stat().st_dev == destination
+        need(origin.home, sum(origin.files[path] for path in missing))
+        linked = _existing(origin.home).stat().st_dev == destination
         if not linked or is_rewritten(component, plan):
             need(folder, sum(component.sizes))
     for device, size in needed.items():
@@ -289,7 +287,7 @@ def _check_space(plan: Plan, folder: Path) -> None:
             raise PreparationError(
                 f"Preparing {plan.source} needs {human_size(size + _SPACE_MARGIN)} on the disk of {places[device]}, "
                 f"which has {human_size(free)} free. Free some, or choose larger disks with --destdir (the prepared "
-                "folder) and HF_HOME (downloads)."
+                "folder, and what comes from a bucket) and HF_HOME (downloads from the Hub)."
             )
 
 

@@ -43,6 +43,14 @@ class LocalFolder:
     def label(self) -> str:
         return str(self.root)
 
+    @property
+    def home(self) -> Path:
+        return self.root
+
+    @property
+    def is_local(self) -> bool:
+        return True
+
     def read(self, path: str) -> bytes:
         try:
             return (self.root / path).read_bytes()

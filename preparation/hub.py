@@ -194,6 +194,14 @@ class HubRepo:
     def label(self) -> str:
         return self.repo_id
 
+    @property
+    def home(self) -> Path:
+        return self.hub.cache
+
+    @property
+    def is_local(self) -> bool:
+        return False
+
     def read(self, path: str) -> bytes:
         return self._download(path).read_bytes()
 

@@ -13,6 +13,7 @@ from typing import Final, Literal
 from diffusion.recipe import Source, lightning_recipe
 from preparation.errors import UsageError
 from preparation.hub import Hub, HubRepo
+from preparation.patterns import EVERYTHING, Patterns
 from preparation.plan import (
     Component,
     Copy,
@@ -47,12 +48,16 @@ def lora_file(steps: int) -> str:
 
 
 def plan_lightning(
-    hub: Hub, revision: str | None, jobs: int, steps: Literal[1, 2, 4, 8] = STEPS
+    hub: Hub,
+    revision: str | None,
+    jobs: int,
+    patterns: Patterns = EVERYTHING,
+    steps: Literal[1, 2, 4, 8] = STEPS,
 ) -> Plan:
-    """Plan the assembly of the checkpoint for so many steps; `revision` is of the Lightning repo.
+    """Plan the assembly of the checkpoint for so many steps; `revision` and `patterns` are of the Lightning repo.
 
     Raises:
-        UsageError: one of the repos cannot be read, or no longer holds what is needed.
+        UsageError: one of the repos cannot be read, or no longer holds what is needed, or a pattern hides the UNet.
     """
     lightning = hub.open(LIGHTNING_REPO, revision)
     base = hub.open(BASE_REPO)
@@ -63,6 +68,7 @@ def plan_lightning(
                 f"{repo.repo_id} at {repo.commit} has no {path}. Has the repo changed its layout? "
                 "Try an earlier --revision."
             )
+    patterns.check([unet_file(steps)], lightning.label)
     index = open_model_index(base)
     selection = select(base.files, index, base.label)
     kept = [path for path in selection.configs if path != "vae/config.json"]
@@ -76,6 +82,7 @@ def plan_lightning(
         licence=lightning.licence,
         parts=tuple(f"{repo.repo_id}@{repo.commit}" for repo in (lightning, base, vae)),
     )
+    source = patterns.recorded(source) or source
     native_size = recipe_from_configs(configs, base.label).native_size
     recipe = lightning_recipe(steps, source=source).model_copy(update={"native_size": native_size})
     texts = published_texts(index, configs["scheduler/scheduler_config.json"], recipe)

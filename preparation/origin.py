@@ -1,6 +1,6 @@
 """What a place that files come from must offer: their names and sizes, their bytes, and how to get them onto this disk.
 
-A Hub repo and a local folder are both origins; the plan and the assembly know no more of them than this.
+Hub repos, local folders and folders in buckets are origins; the plan and the assembly know no more of them than this.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ OnBytes = Callable[[int], None]
 
 
 class Origin(Protocol):
-    """A set of files that does not change while it is used. Every error is a `PreparationError`."""
+    """A set of files that does not change while it is used. Every error is one of `prepare.EXPECTED_ERRORS`."""
 
     @property
     def label(self) -> str:
-        """What to call it in a message: "owner/name", "/models/mine"."""
+        """What to call it in a message: "owner/name", "/models/mine", "s3://bucket/models/mine"."""
 
     @property
     def files(self) -> Mapping[str, int]:
         """Size in bytes by path, with forward slashes."""
+
+    @property
+    def home(self) -> Path:
+        """Where on this disk its files are, or will be once they are fetched. May not exist yet."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every file is on this disk, outside any cache: nothing is ever fetched."""
 
     def read(self, path: str) -> bytes:
         """A small file, whole."""

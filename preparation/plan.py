@@ -15,10 +15,18 @@ from diffusion.errors import ModelError
 from diffusion.families import Family, family_of
 from diffusion.recipe import Recipe, Source
 from preparation.convert import SHARD_LIMIT
+from preparation.described import describe_other
 from preparation.errors import UsageError
 from preparation.lora import Lora
 from preparation.origin import Origin
-from preparation.select import Selection, published_model_index, read_model_index, select
+from preparation.patterns import EVERYTHING, Patterns
+from preparation.select import (
+    Selection,
+    published_model_index,
+    read_model_index,
+    select,
+    select_weights,
+)
 
 RECIPE_NAME = "recipe.json"  # at a local folder's root: how its checkpoint wants to be run
 SCHEDULER_PATH = "scheduler/scheduler_config.json"
@@ -102,18 +110,28 @@ class Plan:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def plan_mirror(origin: Origin, source: Source | None, jobs: int) -> Plan:
+def plan_mirror(
+    origin: Origin,
+    source: Source | None,
+    jobs: int,
+    patterns: Patterns = EVERYTHING,
+    given: Recipe | None = None,
+) -> Plan:
     """Plan to publish a diffusers folder as it is, less what no pipeline here needs.
 
+    `given` is the recipe where it is known; else the folder's own is taken, or what its configs say.
+
     Raises:
-        UsageError: it is no diffusers folder, not of a supported pipeline, or incomplete.
+        UsageError: it is no diffusers folder, not of a supported pipeline, incomplete, or a pattern hides a part that
+            the pipeline needs.
     """
     index = open_model_index(origin)
-    selection = select(origin.files, index, origin.label)
+    selection = _select(origin, index, patterns)
     configs = read_configs(origin, selection.configs, jobs)
-    given = read_recipe(origin)
+    given = given or read_recipe(origin)
     with_index = {**configs, "model_index.json": json.dumps(index).encode()}
     recipe = given or recipe_from_configs(with_index, origin.label)
+    source = patterns.recorded(source or recipe.source)
     if source is not None:
         recipe = recipe.model_copy(update={"source": source})
         if given is None and (family := family_of(source.repo or "")):
@@ -132,20 +150,28 @@ def plan_mirror(origin: Origin, source: Source | None, jobs: int) -> Plan:
     )
 
 
+def _select(origin: Origin, index: Mapping[str, Any], patterns: Patterns) -> Selection:
+    """What of the narrowed listing the pipeline needs: all of its configs, and one complete set of each weights."""
+    whole = select(origin.files, index, origin.label)
+    if not patterns:
+        return whole
+    given = [RECIPE_NAME] if RECIPE_NAME in origin.files else []
+    patterns.check(["model_index.json", *whole.configs, *given], origin.label)
+    left = patterns.narrow(origin.files)
+    for chosen in whole.weights:
+        try:
+            select_weights(left, chosen.component, origin.label)
+        except UsageError:
+            patterns.check(chosen.files, origin.label)
+            raise
+    return select(left, index, origin.label)
+
+
 def open_model_index(origin: Origin) -> dict[str, Any]:
     """The origin's model_index.json, checked to be a supported pipeline's."""
     if "model_index.json" not in origin.files:
-        single = sorted(
-            path for path in origin.files if "/" not in path and path.endswith(".safetensors")
-        )
-        seen = (
-            f" It holds {single[0]}, which is a single-file checkpoint or an add-on."
-            if single
-            else ""
-        )
         raise UsageError(
-            f"{origin.label} has no model_index.json, so it is not a diffusers model.{seen} Give the repo or folder "
-            "of the whole pipeline, with unet/, vae/, text_encoder/ and so on."
+            f"{origin.label} has no model_index.json, so it is not a diffusers model. {describe_other(origin)}"
         )
     return read_model_index(origin.read("model_index.json"), origin.label)
 

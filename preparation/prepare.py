@@ -11,18 +11,23 @@ from pathlib import Path
 
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
-from diffusion.errors import DiffusionError
-from diffusion.recipe import Source
+from diffusion.errors import DiffusionError, ModelError
+from diffusion.recipe import Recipe, Source
 from preparation.assemble import Prepared, assemble, find_prepared
+from preparation.bucket_origin import BucketOrigin
 from preparation.errors import PreparationError, UsageError
 from preparation.folder import LocalFolder
-from preparation.hub import Hub, HubRepo, is_repo_id
+from preparation.gcs_origin import open_gcs
+from preparation.hub import Hub
 from preparation.lightning import STEPS, is_lightning, plan_lightning
 from preparation.lock import claim
 from preparation.options import Options, altered
+from preparation.patterns import EVERYTHING, Patterns
 from preparation.plan import Plan, plan_mirror
 from preparation.progress import Progress
-from settings import SettingsError
+from preparation.s3_origin import open_s3
+from preparation.source import SourceKind, SourceName, parse_source
+from settings import SettingsError, SourceSettings
 from weights import (
     Bucket,
     BucketError,
@@ -36,6 +41,7 @@ from weights.manifest import check_path
 
 DEFAULT_FOLDER = Path("~/.cache/lightning-in-a-bucket")
 DEFAULT_JOBS = 8
+CACHE_NAME = "sources"  # beside the prepared folders: what was downloaded from buckets
 
 # Everything that preparing a model may raise on purpose.
 EXPECTED_ERRORS = (PreparationError, WeightsError, DiffusionError, SettingsError)
@@ -66,26 +72,26 @@ class Request:
     jobs: int = DEFAULT_JOBS
     repair: bool = False
     options: Options = field(default_factory=Options)
+    patterns: Patterns = EVERYTHING
+    access: SourceSettings = field(default_factory=SourceSettings, repr=False)
     hub: Hub = field(default_factory=Hub)
 
     @property
-    def is_folder(self) -> bool:
-        """Anything that cannot be a repo's name is a folder. What could be both is a folder only if one is there and
-        `name` says what to call it, as a folder needs."""
-        if not is_repo_id(self.source):
-            return True
-        return self.name is not None and Path(self.source).is_dir()
+    def place(self) -> SourceName:
+        """What `source` names. Raises UsageError."""
+        return parse_source(self.source, named=self.name is not None)
 
     @property
     def model_path(self) -> str:
         """What the model will be called in the bucket, and what MODEL_PATH will be.
 
         Raises:
-            UsageError: a folder without a name, or a name that is no plain path.
+            UsageError: a folder or bucket without a name, or a name that is no plain path.
         """
-        if self.name is None and self.is_folder:
+        place = self.place
+        if self.name is None and place.kind is not SourceKind.HUB:
             raise UsageError(
-                f"A local folder needs a name in the bucket: add --name, for example --name me/{_stem(self.source)}."
+                f"A model from {place.kind.value} needs a name: add --name, for example --name {place.suggested_name}."
             )
         name = self.name if self.name is not None else self.source
         try:
@@ -110,19 +116,33 @@ def make_plan(request: Request) -> Plan:
     """
     _ = request.model_path  # refused before anything is looked up
     options = request.options
-    if is_lightning(request.source) and not request.is_folder:
+    if request.place.kind is SourceKind.HUB and is_lightning(request.source):
         plan = plan_lightning(
-            request.hub, request.revision, request.jobs, options.lightning_steps or STEPS
+            request.hub,
+            request.revision,
+            request.jobs,
+            request.patterns,
+            options.lightning_steps or STEPS,
         )
         return altered(plan, replace(options, lightning_steps=None), request.hub)
     return altered(_plan_source(request), options, request.hub)
 
 
 def _plan_source(request: Request) -> Plan:
-    if request.is_folder:
-        if request.revision:
-            raise UsageError("--revision is of a Hub repo; a local folder is taken as it is.")
-        return plan_mirror(LocalFolder.open(Path(request.source).expanduser()), None, request.jobs)
+    place = request.place
+    if request.revision and place.kind is not SourceKind.HUB:
+        raise UsageError(
+            f"--revision is of a Hub repo. {request.source} is {place.kind.value}, which has one state: it is taken as "
+            "it is now. (A version that this script published has a folder of its own, which can be given.)"
+        )
+    if place.kind is SourceKind.FOLDER:
+        folder = LocalFolder.open(Path(request.source).expanduser())
+        return plan_mirror(folder, None, request.jobs, request.patterns)
+    if place.bucket:
+        opened = open_s3 if place.kind is SourceKind.S3 else open_gcs
+        cache = request.folder.expanduser() / CACHE_NAME
+        origin = opened(place, request.access, cache=cache, jobs=request.jobs)
+        return _plan_from_bucket(origin, request)
     try:
         repo = request.hub.open(request.source, request.revision)
     except UsageError as error:
@@ -130,7 +150,19 @@ def _plan_source(request: Request) -> Plan:
             raise
         raise UsageError(f"{error} If the local folder is meant, add --name.") from error
     source = Source(repo=repo.repo_id, revision=repo.commit, licence=repo.licence)
-    return plan_mirror(repo, source, request.jobs)
+    return plan_mirror(repo, source, request.jobs, request.patterns)
+
+
+def _plan_from_bucket(origin: BucketOrigin, request: Request) -> Plan:
+    """A published model keeps its recipe and where it once came from: the same files are then the same version."""
+    if not origin.recipe:
+        source = Source(repo=origin.label)
+        return plan_mirror(origin, source, request.jobs, request.patterns)
+    try:
+        recipe = Recipe.model_validate(origin.recipe)
+    except ModelError as error:
+        raise UsageError(f"{origin.label}: {error}") from error
+    return plan_mirror(origin, recipe.source, request.jobs, request.patterns, recipe)
 
 
 def check_bucket(bucket: Bucket, model_path: str) -> str | None:
@@ -148,7 +180,7 @@ def check_bucket(bucket: Bucket, model_path: str) -> str | None:
 
 def needs_no_network(plan: Plan) -> bool:
     """Whether every file of the plan is on this disk already, outside any cache."""
-    return not any(isinstance(origin, HubRepo) for origin, _ in plan.fetched())
+    return all(origin.is_local for origin, _ in plan.fetched())
 
 
 def alone(request: Request) -> AbstractContextManager[None]:
@@ -205,7 +237,3 @@ def exit_code(error: Exception) -> int:
 
 def _published_files(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
-
-
-def _stem(source: str) -> str:
-    return Path(source).expanduser().resolve().name or "model"

@@ -87,7 +87,8 @@ def describe_source(source: Source | None) -> str | None:
     """What the model was made of, as its manifest records it; None for a folder that says nothing of it."""
     if source is None or source.repo is None:
         return None
-    parts = source.parts or (f"{source.repo}@{source.revision or 'unknown revision'}",)
+    at = f"@{source.revision}" if source.revision else ""
+    parts = source.parts or (f"{source.repo}{at}",)
     return "\n".join(["Made of:", *(f"  {part}" for part in parts)])
 
 

@@ -1,4 +1,4 @@
-"""Brings a model from the Hugging Face Hub or a local folder into a bucket, ready to be served.
+"""Brings a model from the Hugging Face Hub, a local folder or another bucket into a bucket, ready to be served.
 
 Only the command line lives here; the work is in the preparation and weights rooms.
 
@@ -18,6 +18,7 @@ sys.path.insert(
 import preparation
 from preparation import Progress, Request
 from preparation.assemble import Prepared
+from preparation.patterns import Patterns
 from preparation.plan import Plan
 from preparation.report import (
     describe_download,
@@ -27,7 +28,8 @@ from preparation.report import (
     describe_source,
     environment_block,
 )
-from settings import StorageSettings, load_storage_settings
+from preparation.truss import plan_truss, read_truss
+from settings import StorageSettings, load_source_settings
 from weights import Bucket
 
 
@@ -47,6 +49,7 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace, progress: Progress) -> None:
+    settings = load_source_settings()
     request = Request(
         source=arguments.source,
         name=arguments.name,
@@ -61,9 +64,27 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
         ),
+        access=settings,
+        patterns=Patterns(tuple(arguments.allow), tuple(arguments.ignore)),
     )
-    settings = load_storage_settings()
-    plan = preparation.make_plan(request)
+    if not arguments.from_truss:
+        _carry_out(request, preparation.make_plan(request), settings, arguments, progress)
+        return
+    config = Path(arguments.source)
+    requests = read_truss(config, request)
+    plans = plan_truss(config, requests)
+    for number, (request, plan) in enumerate(zip(requests, plans, strict=True), start=1):
+        print(f"\n{request.source} ({number} of {len(plans)})\n", flush=True)
+        _carry_out(request, plan, settings, arguments, progress)
+
+
+def _carry_out(
+    request: Request,
+    plan: Plan,
+    settings: StorageSettings,
+    arguments: argparse.Namespace,
+    progress: Progress,
+) -> None:
     if arguments.dry_run:
         _show(request, plan, settings, arguments.bucket, progress)
         return
@@ -109,21 +130,25 @@ def _show_publication(
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="prepare_model.py",
-        description="Bring a model from the Hugging Face Hub or a local folder into a bucket.",
+        description="Bring a model from the Hugging Face Hub, a local folder or another bucket into a bucket.",
         epilog="The bucket's keys, endpoint and region come from the environment (AWS_ACCESS_KEY_ID, "
-        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_REGION); the Hub is reached as HF_ENDPOINT, HF_TOKEN, "
-        "HF_HOME and HF_HUB_OFFLINE say.",
+        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_REGION); those of an s3:// source are the same, or what "
+        "SOURCE_AWS_ACCESS_KEY_ID and so on say, of a gs:// source what "
+        "GOOGLE_APPLICATION_CREDENTIALS says; the Hub is reached as HF_ENDPOINT, HF_TOKEN, HF_HOME and "
+        "HF_HUB_OFFLINE say.",
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a Hub repo (OWNER/NAME) or a local diffusers folder; ByteDance/SDXL-Lightning is joined with SDXL base",
+        help="a Hub repo (OWNER/NAME), a local diffusers folder or one in a bucket (s3://BUCKET/FOLDER, "
+        "gs://BUCKET/FOLDER); "
+        "ByteDance/SDXL-Lightning is joined with SDXL base",
     )
     parser.add_argument("bucket", metavar="BUCKET", help="the bucket to publish to")
     parser.add_argument(
         "--name",
         metavar="MODEL_PATH",
-        help="what to call the model in the bucket; the repo's own name by default, needed for a folder",
+        help="what to call the model in the bucket; the repo's own name by default, needed for anything else",
     )
     parser.add_argument(
         "--revision",
@@ -131,6 +156,25 @@ def _parse() -> argparse.Namespace:
         help="branch, tag or commit of the Hub repo (default: its main branch)",
     )
     _add_conversions(parser)
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="take only files of the source that match this shell pattern, or another --allow",
+    )
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="take no file of the source that matches, such as '*.fp16.*' for the full precision; repeatable",
+    )
+    parser.add_argument(
+        "--from-truss",
+        action="store_true",
+        help="SOURCE is a Truss config: publish every entry of its model_cache, each as a model of its own",
+    )
     parser.add_argument(
         "--destdir",
         type=Path,
@@ -157,7 +201,12 @@ def _parse() -> argparse.Namespace:
         help="show what would move, and write nothing to the bucket; of a repo only small config files are "
         "downloaded, a folder is prepared in --destdir and kept there",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.from_truss:
+        for option in ("name", "revision", "allow", "ignore"):
+            if getattr(arguments, option):
+                parser.error(f"--from-truss: every entry says that itself; leave out --{option}")
+    return arguments
 
 
 def _add_conversions(parser: argparse.ArgumentParser) -> None:

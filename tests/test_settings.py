@@ -2,7 +2,12 @@
 
 import pytest
 
-from settings import SettingsError, load_runner_settings, load_storage_settings
+from settings import (
+    SettingsError,
+    load_runner_settings,
+    load_source_settings,
+    load_storage_settings,
+)
 
 COMPLETE = {
     "AWS_ACCESS_KEY_ID": "tid_AzureDiamond",
@@ -141,3 +146,55 @@ def test_a_secret_in_the_wrong_variable_is_not_echoed():
     with pytest.raises(SettingsError) as caught:
         load_runner_settings(COMPLETE | {"MODEL_BUCKET_NAME": "tsec/hunter2"})
     assert "hunter2" not in str(caught.value)
+
+
+SOURCE = {
+    "SOURCE_AWS_ACCESS_KEY_ID": "AKIASOURCE",
+    "SOURCE_AWS_SECRET_ACCESS_KEY": "source-hunter2",
+    "SOURCE_AWS_ENDPOINT_URL_S3": "https://s3.us-east-1.amazonaws.com",
+    "SOURCE_AWS_REGION": "us-east-1",
+}
+
+
+def test_a_source_is_reached_as_the_published_bucket_unless_it_says_otherwise():
+    inherited = load_source_settings(COMPLETE).source_storage()
+    assert inherited.access_key_id == "tid_AzureDiamond"
+    assert inherited.endpoint_url == "https://fly.storage.tigris.dev"
+    own = load_source_settings(COMPLETE | SOURCE)
+    assert own.source_storage().access_key_id == "AKIASOURCE"
+    assert own.source_storage().endpoint_url == "https://s3.us-east-1.amazonaws.com"
+    assert own.source_storage().region == "us-east-1"
+    # and what is published to stays what it was
+    assert (own.access_key_id, own.region) == ("tid_AzureDiamond", "auto")
+
+
+def test_a_source_inherits_no_token_with_a_keypair_and_no_region_with_a_server():
+    temporary = COMPLETE | {"AWS_SESSION_TOKEN": "IQoJ", "AWS_REGION": "eu-west-1"}
+    source = {name: value for name, value in SOURCE.items() if "REGION" not in name}
+    storage = load_source_settings(temporary | source).source_storage()
+    assert storage.session_token is None
+    assert storage.region is None
+
+
+def test_half_a_source_s_keypair_is_refused():
+    with pytest.raises(SettingsError, match="SOURCE_AWS_ACCESS_KEY_ID and SOURCE_AWS_SECRET"):
+        load_source_settings(COMPLETE | {"SOURCE_AWS_ACCESS_KEY_ID": "AKIASOURCE"})
+
+
+def test_a_source_s_secret_is_in_no_repr_and_no_dump():
+    settings = load_source_settings(COMPLETE | SOURCE)
+    for shown in (repr(settings), str(settings), settings.model_dump_json()):
+        assert "hunter2" not in shown
+
+
+def test_google_is_shown_no_keypair_of_another_server():
+    ours = load_source_settings(COMPLETE | SOURCE).gcs_storage()
+    assert ours.access_key_id is None
+    assert ours.endpoint_url == "https://storage.googleapis.com"
+    hmac = load_source_settings(COMPLETE | SOURCE | {"SOURCE_AWS_ACCESS_KEY_ID": "GOOG1E"})
+    assert hmac.gcs_storage().access_key_id == "GOOG1E"
+
+
+def test_an_emulator_may_be_named_without_a_scheme():
+    settings = load_source_settings({"STORAGE_EMULATOR_HOST": "localhost:9023"})
+    assert settings.gcs_storage().endpoint_url == "http://localhost:9023"

@@ -8,14 +8,13 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from weights.bucket import Bucket
-from weights.chunks import CHUNK_SIZE, Chunk, SnapshotFile
-from weights.counters import Counters
+from weights.chunk_reader import ChunkReader
+from weights.chunks import Chunk, SnapshotFile
 from weights.digests import Progress, describe_file
 from weights.errors import (
     BucketError,
@@ -25,9 +24,7 @@ from weights.errors import (
     ObjectChangedError,
     WeightsError,
 )
-from weights.flight import Flight, Route
 from weights.manifest import MANIFEST_NAME, dump_manifest, parse_manifest
-from weights.parallel import run_all
 from weights.snapshot import Snapshot
 
 DEFAULT_CONNECTIONS = 16
@@ -58,7 +55,7 @@ def verify(
             f"{bucket.url(snapshot.model_path)}/ is a bare folder without digests: there is nothing to verify it "
             "against. Publish it with scripts/prepare_model.py"
         )
-    reading = _Reading(bucket, connections)
+    reading = ChunkReader(bucket.reader, connections)
     problems: dict[str, str] = {}
     bytes_read = 0
     lock = threading.Lock()
@@ -111,7 +108,7 @@ def pull(
     wanted = [file for file in snapshot.files if not _is_right(targets[file.path], file, on_bytes)]
     _check_space(folder, sum(file.size for file in wanted))
     _forget_other_version(folder, snapshot)
-    reading = _Reading(bucket, connections)
+    reading = ChunkReader(bucket.reader, connections)
     for file in wanted:
         with _replacing(targets[file.path]) as descriptor:
             os.truncate(descriptor, file.size)
@@ -224,71 +221,3 @@ def _write_all(descriptor: int, data: memoryview, position: int) -> None:
 def _chunks(files: Iterable[SnapshotFile]) -> Iterator[Chunk]:
     for file in files:
         yield from file.chunks()
-
-
-class _Reading:
-    """Chunks read by several threads into memory of their own, and handed on one by one."""
-
-    def __init__(self, bucket: Bucket, connections: int) -> None:
-        self.stopped = threading.Event()
-        self._memory = _OwnMemory()
-        self._route = Route(bucket.reader, self._memory, Counters())
-        self._connections = connections
-        self._flights: set[Flight] = set()
-        self._lock = threading.Lock()
-
-    def each(self, chunks: Iterable[Chunk], task: Callable[[Chunk], None]) -> None:
-        """Run `task` for every chunk; after the first failure none is begun."""
-        run_all(
-            [partial(task, chunk) for chunk in chunks],
-            self._connections,
-            name="weights",
-            on_failure=self._stop,
-        )
-
-    def read(self, chunk: Chunk) -> memoryview:
-        """The chunk's verified bytes, in memory that this thread's next chunk takes."""
-        flight = Flight(self._route, [chunk])
-        with self._lock:
-            self._flights.add(flight)
-            if self.stopped.is_set():
-                flight.abort()
-        try:
-            flight.run()
-        finally:
-            with self._lock:
-                self._flights.remove(flight)
-        return self._memory.of(chunk)
-
-    def _stop(self) -> None:
-        """No chunk is tried again, and nobody waits for one."""
-        self.stopped.set()
-        with self._lock:
-            flights = list(self._flights)
-        for flight in flights:
-            flight.abort()
-
-
-class _OwnMemory:
-    """A sink of one chunk a thread."""
-
-    def __init__(self) -> None:
-        self._own = threading.local()
-
-    def of(self, chunk: Chunk) -> memoryview:
-        if not hasattr(self._own, "chunk"):
-            self._own.chunk = memoryview(bytearray(CHUNK_SIZE))
-        data: memoryview = self._own.chunk[: chunk.length]
-        return data
-
-    def room(self, chunk: Chunk, offset: int) -> memoryview:
-        return self.of(chunk)[offset:]
-
-    def filled(self, chunk: Chunk, offset: int, count: int) -> None:
-        """Nothing to do: the bytes are where they belong."""
-
-    def landed(self, chunk: Chunk) -> None:
-        """Nothing to do: whoever asked for the chunk takes it from here."""
-
-    def leave(self) -> None:
-        """Nothing to do: a thread's memory goes with it."""

@@ -14,7 +14,7 @@ import pytest
 
 from demo.tutorial import curl_command
 from scripts import generate_schema
-from settings import RunnerSettings
+from settings import RunnerSettings, SourceSettings, StorageSettings
 from tests.support.cog_server import CogServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +61,14 @@ def test_every_variable_has_its_row_in_the_readme() -> None:
         assert (rows[name] == "required") == field.is_required(), name
         if isinstance(field.default, int) or field.default == "auto":
             assert rows[name] == str(field.default)
+
+
+def test_every_variable_of_a_source_is_on_its_page() -> None:
+    page = (ROOT / "docs/preparing.md").read_text(encoding="utf-8")
+    own = SourceSettings.model_fields.keys() - StorageSettings.model_fields.keys()
+
+    for name in own:
+        assert f"`{SourceSettings.model_fields[name].validation_alias}`" in page
 
 
 def test_every_input_has_its_row() -> None:

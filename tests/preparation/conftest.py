@@ -143,7 +143,7 @@ def environment(loopback_hub: LoopbackHub, s3: EmbeddedS3, tmp_path: Path) -> di
         **{
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("AWS_", "HF_"))
+            if not name.startswith(("AWS_", "HF_", "SOURCE_", "GOOGLE_", "STORAGE_"))
         },
         **s3.environment(),
         "HF_ENDPOINT": loopback_hub.url,

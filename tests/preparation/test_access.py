@@ -61,6 +61,20 @@ def test_gated_repo_with_an_accepted_token(
     )
 
 
+def test_gated_repo_whose_licence_another_account_accepted(
+    finetune_hub: LoopbackHub, run: Prepare, hub: Hub
+) -> None:
+    repository = finetune_hub.repositories[FINETUNE]
+    repository.gated, repository.accepted_by = True, ("hf_of_somebody_else",)
+    with pytest.raises(
+        UsageError, match=r"Accept it at .*one is set, but it does not suffice"
+    ) as e:
+        run(FINETUNE, hub=replace(hub, token=TOKEN))
+    assert f"{finetune_hub.url}/{FINETUNE}" in str(e.value)
+    assert TOKEN not in str(e.value)
+    assert not any(file.endswith(".safetensors") for file in finetune_hub.requested_files())
+
+
 def test_private_repo_looks_like_none_without_a_token(
     finetune_hub: LoopbackHub, run: Prepare, hub: Hub
 ) -> None:

@@ -68,6 +68,9 @@ class HubRepository:
     repo_id: str
     gated: bool = False
     private: bool = False
+    accepted_by: tuple[str, ...] | None = (
+        None  # tokens of who accepted its licence; None: everyone with one
+    )
     commits: dict[str, dict[str, HubFile]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -229,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._form = self.rfile.read(length)
         self._with_body = with_body
         path = unquote(urlsplit(self.path).path)
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        self._token = token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         self._authorised = token in self.hub.accepted_tokens
         self.hub.log(LoggedRequest(self.command, path, self.headers.get("Range"), self._authorised))
         self.hub.pass_or_wait(path)
@@ -309,6 +312,13 @@ class _Handler(BaseHTTPRequestHandler):
                 HTTPStatus.UNAUTHORIZED,
                 "GatedRepo",
                 f"Access to model {repo_id} is restricted. You must have access to it and be authenticated.",
+            )
+            return
+        if repository.gated and self._token not in (repository.accepted_by or (self._token,)):
+            self._error(
+                HTTPStatus.FORBIDDEN,
+                "GatedRepo",
+                f"Access to model {repo_id} is restricted and you are not in the authorized list.",
             )
             return
         file = repository.commits[commit].get(path)
