@@ -8,8 +8,11 @@ Only the command line lives here; the work is in the preparation and weights roo
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
@@ -18,17 +21,23 @@ sys.path.insert(
 import preparation
 from preparation import Progress, Request
 from preparation.assemble import Prepared
+from preparation.document import plan_document, pruning_document, publication_document
 from preparation.plan import Plan
+from preparation.progress import INTERRUPTED
 from preparation.report import (
+    describe_difference,
     describe_download,
     describe_folder,
     describe_outcome,
+    describe_pruning,
     describe_publication,
     describe_source,
+    environment,
     environment_block,
 )
 from settings import StorageSettings, load_storage_settings
-from weights import Bucket
+from weights import Bucket, Publication, activate, read_manifest
+from weights.prune import plan_pruning
 
 
 def main() -> int:
@@ -37,16 +46,23 @@ def main() -> int:
     progress = Progress()
     try:
         with progress.stopping_on_signals():
-            _run(arguments, progress)
+            document = _run(arguments, progress)
     except KeyboardInterrupt:
+        if arguments.json:
+            print(json.dumps({"error": INTERRUPTED}))
         preparation.end_interrupted()
     except preparation.EXPECTED_ERRORS as error:
         sys.stderr.write(f"prepare_model: {error}\n")
+        if arguments.json:
+            print(json.dumps({"error": str(error)}))
         return preparation.exit_code(error)
+    if arguments.json:
+        print(json.dumps(document, indent=1))
     return 0
 
 
-def _run(arguments: argparse.Namespace, progress: Progress) -> None:
+def _run(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Do what was asked, and tell a person of it unless it is a program that asks: returns the document for that."""
     request = Request(
         source=arguments.source,
         name=arguments.name,
@@ -56,51 +72,127 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
         repair=arguments.repair,
     )
     settings = load_storage_settings()
+    if arguments.activate:
+        return _activate(arguments, request, settings)
     plan = preparation.make_plan(request)
     if arguments.dry_run:
-        _show(request, plan, settings, arguments.bucket, progress)
-        return
+        return _show(arguments, request, plan, settings, progress)
+    say = _teller(arguments)
     bucket = Bucket(settings, arguments.bucket, connections=2 * request.jobs)
     preparation.check_bucket(bucket, request.model_path)
     with preparation.alone(request):
         prepared = preparation.prepare(request, plan, progress)
         publication = preparation.compare(request, prepared, bucket, progress)
         preparation.upload(request, publication, progress)
-    print(describe_outcome(publication))
+    say(describe_outcome(publication))
+    if not publication.unchanged:
+        say(describe_difference(publication))
     if made_of := describe_source(prepared.recipe.source):
-        print(made_of)
-    print("\nThe environment of a deployment:\n")
-    print(environment_block(settings, arguments.bucket, request.model_path))
+        say(made_of)
+    document = _document(publication, settings, dry_run=False)
+    if arguments.prune:
+        pruning, deleted = preparation.delete_old(request, publication, arguments.prune)
+        say(describe_pruning(pruning, deleted))
+        document |= pruning_document(pruning, deleted)
+    say("\nThe environment of a deployment:\n")
+    say(environment_block(settings, arguments.bucket, request.model_path))
+    return document
+
+
+def _activate(
+    arguments: argparse.Namespace, request: Request, settings: StorageSettings
+) -> dict[str, Any]:
+    """Re-point latest.json. The source is not looked at: it only says, as ever, what the model is called."""
+    bucket = Bucket(settings, arguments.bucket)
+    previous = preparation.check_bucket(bucket, request.model_path)
+    read_manifest(bucket, request.model_path, arguments.activate)
+    if not arguments.dry_run:
+        activate(bucket, request.model_path, arguments.activate)
+    serves = "would serve" if arguments.dry_run else "now serves"
+    where = f"s3://{arguments.bucket}/{request.model_path}"
+    before = f" (before: {previous})" if previous else ""
+    _teller(arguments)(f"{where} {serves} version {arguments.activate}{before}.")
+    return {
+        "dry_run": arguments.dry_run,
+        "bucket": arguments.bucket,
+        "model": request.model_path,
+        "version": arguments.activate,
+        "previous_version": previous,
+        "active": not arguments.dry_run or previous == arguments.activate,
+    }
 
 
 def _show(
-    request: Request, plan: Plan, settings: StorageSettings, bucket: str, progress: Progress
-) -> None:
+    arguments: argparse.Namespace,
+    request: Request,
+    plan: Plan,
+    settings: StorageSettings,
+    progress: Progress,
+) -> dict[str, Any]:
     """The dry run: with everything on this disk, down to what the bucket lacks; else what would be downloaded."""
+    say = _teller(arguments)
     if preparation.needs_no_network(plan):
         with preparation.alone(request):
             prepared = preparation.prepare(request, plan, progress)
-            _show_publication(request, prepared, settings, bucket, progress)
-        print("Dry run: nothing was written to the bucket.")
-        print(f"The model was prepared in {prepared.folder}, where it is kept for the real run.")
-        return
-    print(describe_download(plan))
+            document = _show_publication(arguments, request, prepared, settings, progress)
+        say("Dry run: nothing was written to the bucket.")
+        say(f"The model was prepared in {prepared.folder}, where it is kept for the real run.")
+        return document
+    say(describe_download(plan))
     if found := preparation.find_already_prepared(request, plan):
-        _show_publication(request, found, settings, bucket, progress)
+        document = _show_publication(arguments, request, found, settings, progress)
     else:
-        print(describe_folder(plan))
-    print("Dry run: nothing was written to the bucket.")
+        say(describe_folder(plan))
+        variables = environment(settings, arguments.bucket, request.model_path)
+        document = plan_document(plan, arguments.bucket, request.model_path, variables)
+    say("Dry run: nothing was written to the bucket.")
+    return document
 
 
 def _show_publication(
-    request: Request, prepared: Prepared, settings: StorageSettings, bucket: str, progress: Progress
-) -> None:
-    target = Bucket(settings, bucket, connections=request.jobs)
-    print(describe_publication(preparation.compare(request, prepared, target, progress)))
+    arguments: argparse.Namespace,
+    request: Request,
+    prepared: Prepared,
+    settings: StorageSettings,
+    progress: Progress,
+) -> dict[str, Any]:
+    bucket = Bucket(settings, arguments.bucket, connections=request.jobs)
+    publication = preparation.compare(request, prepared, bucket, progress)
+    say = _teller(arguments)
+    say(describe_publication(publication))
+    say(describe_difference(publication))
+    document = _document(publication, settings, dry_run=True)
+    if arguments.prune:
+        pruning = plan_pruning(
+            bucket, request.model_path, arguments.prune, also=[publication.version]
+        )
+        say(describe_pruning(pruning, pruning.deleted, dry_run=True))
+        document |= pruning_document(pruning, pruning.deleted)
+    return document
+
+
+def _document(
+    publication: Publication, settings: StorageSettings, *, dry_run: bool
+) -> dict[str, Any]:
+    variables = environment(settings, publication.bucket.name, publication.model_path)
+    return publication_document(publication, variables, dry_run=dry_run)
+
+
+def _teller(arguments: argparse.Namespace) -> Callable[[str], None]:
+    """`print`, unless standard output is kept for the one JSON document."""
+    return (lambda _text: None) if arguments.json else print
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As ever; a program that asked for JSON gets the error as such, too."""
+        if "--json" in sys.argv[1:]:
+            print(json.dumps({"error": message}))
+        super().error(message)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="prepare_model.py",
         description="Bring a model from the Hugging Face Hub or a local folder into a bucket.",
         epilog="The bucket's keys, endpoint and region come from the environment (AWS_ACCESS_KEY_ID, "
@@ -112,7 +204,7 @@ def _parse() -> argparse.Namespace:
         metavar="SOURCE",
         help="a Hub repo (OWNER/NAME) or a local diffusers folder; ByteDance/SDXL-Lightning is joined with SDXL base",
     )
-    parser.add_argument("bucket", metavar="BUCKET", help="the bucket to publish to")
+    parser.add_argument("bucket", metavar="BUCKET", nargs="?", help="the bucket to publish to")
     parser.add_argument(
         "--name",
         metavar="MODEL_PATH",
@@ -149,7 +241,32 @@ def _parse() -> argparse.Namespace:
         help="show what would move, and write nothing to the bucket; of a repo only small config files are "
         "downloaded, a folder is prepared in --destdir and kept there",
     )
-    return parser.parse_args()
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--prune",
+        type=_positive,
+        metavar="KEEP",
+        help="afterwards, delete all but the KEEP newest versions, never the one published or the one being served; "
+        "needs s3:DeleteObject",
+    )
+    instead.add_argument(
+        "--activate",
+        metavar="VERSION",
+        help="instead of publishing, serve a version that is in the bucket; SOURCE is not looked at, and can be left "
+        "out where --name is given",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON document on standard output instead of text",
+    )
+    # Intermixed, or a BUCKET that comes after an option would not be seen.
+    arguments = parser.parse_intermixed_args()
+    if arguments.bucket is None:
+        if not (arguments.activate and arguments.name):
+            parser.error("the following arguments are required: BUCKET")
+        arguments.source, arguments.bucket = arguments.name, arguments.source
+    return arguments
 
 
 def _positive(text: str) -> int:
