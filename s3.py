@@ -82,7 +82,7 @@ def _secret(value: Any) -> str | None:
     return None if value is None else str(value.get_secret_value())
 
 
-def content_md5(data: bytes | bytearray) -> str:
+def content_md5(data: bytes) -> str:
     """The Content-MD5 header's value: by it S3 refuses bytes that did not arrive as sent. No security digest."""
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 

@@ -1,8 +1,9 @@
 """Sending one file of a version: whole when it is small, in parts when it is not, each part checked as it leaves.
 
 A part is compared with the manifest's chunk digests before it is sent and signed with its SHA-256, which the server
-checks on arrival, so what lies in the bucket afterwards is what was hashed. Parts that are there already are not sent
-again.
+checks on arrival, so what lies in the bucket afterwards is what was hashed. A Content-MD5 would have botocore leave the
+SHA-256 out over TLS, and takes twice as long (0.5 GB/s a core where SHA-256 runs at 1.1). Parts that are there already
+are not sent again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from boto3.s3.transfer import TransferConfig
 
-from s3 import content_md5
 from weights.bucket import Bucket
 from weights.chunks import CHUNK_SIZE
 from weights.digests import Progress, chunk_digest
@@ -98,7 +98,6 @@ class FileUpload:
                 Key=self._key,
                 Body=data,
                 ContentType=content_type(self._key),
-                ContentMD5=content_md5(data),
                 Metadata={SHA256_METADATA: self._entry.sha256},
             )
         self._sent(len(data))
@@ -128,7 +127,6 @@ class FileUpload:
                         Key=self._key,
                         UploadId=multipart.upload_id,
                         PartNumber=number,
-                        # With no Content-MD5 botocore signs the body's SHA-256 over TLS, too.
                         Body=data,
                     )
             except BucketError as error:
