@@ -1,20 +1,23 @@
 """The moto application that the embedded server runs, its users, and what is changed in it.
 
-Changed is only how bytes are kept, so that large objects move at useful speed. As it comes, moto keeps content in
-spooled files, reads a whole object for every ranged request (300 MB in ranges of 16 MB moved 5.7 GB), and copies every
-part of a multipart upload several times. What requests mean stays moto's own.
+Changed is how bytes are kept, so that large objects move at useful speed: as it comes, moto keeps content in spooled
+files, reads a whole object for every ranged request (300 MB in ranges of 16 MB moved 5.7 GB), and copies every part of
+a multipart upload several times. And what it gets wrong about unfinished uploads. The rest stays moto's own.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.iam.models import iam_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from moto.s3.exceptions import EntityTooSmall, InvalidPart, MalformedXML
-from moto.s3.models import FakeKey, FakeMultipart
+from moto.s3.exceptions import EntityTooSmall, InvalidPart, MalformedXML, NoSuchUpload
+from moto.s3.models import FakeKey, FakeMultipart, S3Backend
+from moto.s3.responses import S3Response
 from moto.settings import S3_UPLOAD_PART_MIN_SIZE
 
 _ADMIN = "admin"
@@ -27,6 +30,7 @@ _ADMIN_POLICY = {
 def application() -> Any:
     """moto's WSGI application, which tells services apart by how a request is signed."""
     _keep_content_in_memory()
+    _answer_for_uploads_as_s3_does()
     return DomainDispatcherApplication(create_backend_app)
 
 
@@ -93,6 +97,45 @@ def _complete(multipart: Any, body: Iterator[tuple[int, str]]) -> tuple[bytes, s
     for part in multipart.parts.values():
         part.content = b""  # moto keeps the upload with the object: not twice its bytes, though
     return whole, f"{digest}-{len(parts)}", None
+
+
+def _answer_for_uploads_as_s3_does() -> None:
+    """moto answers 500 for an upload that is gone, and says of every one that it was begun in 2010."""
+    moto_backend: Any = S3Backend
+    for name in ("upload_part", "upload_part_copy", "complete_multipart_upload"):
+        setattr(moto_backend, name, _of_an_upload_that_is_there(getattr(moto_backend, name)))
+    create, list_uploads = moto_backend.create_multipart_upload, S3Response.list_multipart_uploads
+
+    def create_and_remember(backend: Any, *arguments: Any, **named: Any) -> Any:
+        upload = create(backend, *arguments, **named)
+        upload.begun = datetime.now(UTC)
+        return upload
+
+    def list_with_true_times(response: Any) -> Any:
+        body: Any
+        status, headers, body = list_uploads(response)
+        uploads = response.backend.list_multipart_uploads(response.bucket_name)
+        for upload_id, upload in list(uploads.items()):
+            body = re.sub(
+                rf"(<UploadId>{upload_id}</UploadId>(?:(?!</Upload>).)*<Initiated>)[^<]*",
+                rf"\g<1>{upload.begun:%Y-%m-%dT%H:%M:%S.000Z}",
+                body,
+                flags=re.DOTALL,
+            )
+        return status, headers, body
+
+    moto_backend.create_multipart_upload = create_and_remember
+    moto_response: Any = S3Response
+    moto_response.list_multipart_uploads = list_with_true_times
+
+
+def _of_an_upload_that_is_there(method: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(backend: Any, bucket: str, upload_id: str, *arguments: Any, **named: Any) -> Any:
+        if upload_id not in backend.get_bucket(bucket).multiparts:
+            raise NoSuchUpload(upload_id)
+        return method(backend, bucket, upload_id, *arguments, **named)
+
+    return checked
 
 
 def _md5(content: bytes) -> Any:

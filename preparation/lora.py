@@ -6,7 +6,7 @@ Merging them into a model is `fuse`'s.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from preparation.errors import UsageError
@@ -46,6 +46,12 @@ class LoraName:
             raise UsageError(f"--lora {text!r} names nothing: give REPO, REPO:file or a file.")
         return cls(place, file or None, weight)
 
+    @property
+    def recorded(self) -> str:
+        """As it may be published: without the folder, where it lies on this disk."""
+        local = self.file is None and self.place.endswith(SUFFIX)
+        return str(replace(self, place=Path(self.place).name)) if local else str(self)
+
     def __str__(self) -> str:
         file = f":{self.file}" if self.file else ""
         weight = "" if self.weight == 1 else f"@{self.weight:g}"
@@ -66,9 +72,13 @@ class Lora:
 
     @property
     def part(self) -> str:
-        """What it adds to a model's source, for its manifest."""
-        at = f"@{self.origin.commit}" if isinstance(self.origin, HubRepo) else ""
-        return f"{self.origin.label}{at}:{self.path} x {self.weight:g}"
+        """What it adds to a model's source, for its manifest; of a file on this disk its name alone."""
+        at = (
+            f"{self.origin.repo_id}@{self.origin.commit}:"
+            if isinstance(self.origin, HubRepo)
+            else ""
+        )
+        return f"{at}{self.path} x {self.weight:g}"
 
 
 def find_lora(name: LoraName, hub: Hub) -> Lora:

@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from diffusion.recipe import SDXL, Dtype, Source, lightning_recipe
 from preparation.convert import SHARD_LIMIT, TORCH_NAMES
@@ -39,13 +39,14 @@ class Options:
     dtype: Dtype | None = None
     max_shard_size: int = SHARD_LIMIT
 
-    def recorded(self) -> dict[str, str]:
-        """What was asked for beyond the default, for the model's source."""
+    def recorded(self) -> dict[str, Any]:
+        """What was asked for beyond the default, as it may be published."""
         asked = {
-            "lora": ", ".join(map(str, self.loras)),
-            "lightning_steps": str(self.lightning_steps or ""),
-            "vae": self.vae or "",
-            "dtype": self.dtype or "",
+            "lora": [name.recorded for name in self.loras],
+            "lightning_steps": self.lightning_steps,
+            "vae": self.vae and _public(self.vae),
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_size if self.max_shard_size != SHARD_LIMIT else None,
         }
         return {name: value for name, value in asked.items() if value}
 
@@ -118,7 +119,7 @@ def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
         raise UsageError(f"--vae {place} has no config.json, neither at its root nor under vae/.")
     chosen = select_weights(origin.files, "vae", origin.label, folder=folder)
     vae = Component("vae", chosen.stem, origin, chosen.files, architecture="AutoencoderKL")
-    part = f"{place}@{origin.commit}" if isinstance(origin, HubRepo) else str(origin.label)
+    part = f"{place}@{origin.commit}" if isinstance(origin, HubRepo) else _public(place)
     others = tuple(copy for copy in plan.copies if not copy.target.startswith("vae/"))
     plan = replace(
         plan,
@@ -140,6 +141,11 @@ def _open(place: str, hub: Hub) -> Origin:
     if Path(place).expanduser().is_dir() or not is_repo_id(place):
         return LocalFolder.open(Path(place).expanduser())
     return hub.open(place)
+
+
+def _public(place: str) -> str:
+    """A repo as it is; of a folder on this disk its name alone."""
+    return place if is_repo_id(place) else Path(place).expanduser().resolve().name
 
 
 def _with_parts(plan: Plan, part: str) -> Plan:

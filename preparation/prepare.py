@@ -25,6 +25,7 @@ from preparation.options import Options, altered
 from preparation.patterns import EVERYTHING, Patterns
 from preparation.plan import Plan, plan_mirror
 from preparation.progress import Progress
+from preparation.provenance import asked_of, tools
 from preparation.s3_origin import open_s3
 from preparation.source import SourceKind, SourceName, parse_source
 from settings import SettingsError, SourceSettings
@@ -38,6 +39,8 @@ from weights import (
     read_latest,
 )
 from weights.manifest import check_path
+from weights.prune import Pruning, StoredVersion, plan_pruning, prune
+from weights.remembered import Remembered
 
 DEFAULT_FOLDER = Path("~/.cache/lightning-in-a-bucket")
 DEFAULT_JOBS = 8
@@ -205,14 +208,20 @@ def compare(
     request: Request, prepared: Prepared, bucket: Bucket, progress: Progress
 ) -> Publication:
     """Hash the folder and find what the bucket lacks; writes nothing."""
-    size = sum(file.stat().st_size for file in _published_files(prepared.folder))
+    folder = prepared.folder
+    size = sum(file.stat().st_size for file in _published_files(folder))
     recipe = prepared.recipe.model_dump(mode="json")
     with progress.stage("Hash", size) as stage:
         return plan_publication(
-            prepared.folder,
+            folder,
             bucket,
             request.model_path,
             recipe,
+            provenance={
+                "options": asked_of(request),
+                "tools": tools(),
+            },
+            remembered=Remembered(folder.with_name(f"{folder.name}.digests.json")),
             repair=request.repair,
             jobs=request.jobs,
             on_bytes=stage.advance,
@@ -223,6 +232,24 @@ def upload(request: Request, publication: Publication, progress: Progress) -> No
     """Make the bucket serve it."""
     with progress.stage("Upload", publication.upload_bytes) as stage:
         publish(publication, jobs=request.jobs, on_bytes=stage.advance)
+
+
+def delete_old(
+    request: Request, publication: Publication, keep: int
+) -> tuple[Pruning, tuple[StoredVersion, ...]]:
+    """After publishing, delete all but the `keep` newest versions, and tell which went.
+
+    Raises `weights.BucketError`, which says that the publication itself has succeeded.
+    """
+    bucket, model_path = publication.bucket, publication.model_path
+    try:
+        pruning = plan_pruning(bucket, model_path, keep, also=[publication.version])
+        return pruning, prune(pruning, jobs=request.jobs)
+    except BucketError as error:
+        raise BucketError(
+            f"Version {publication.version} is published and served, but older ones could not all be deleted: {error}",
+            error.code,
+        ) from error
 
 
 def exit_code(error: Exception) -> int:

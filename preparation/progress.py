@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from preparation.errors import CancelledStageError
 
-# What has begun when the person interrupts gets this long to end: an upload is aborted in the bucket, for one.
+# What has begun when the person interrupts gets this long to end.
 _PATIENCE_SECONDS = 20.0
 _SILENCE_SECONDS = 2.0
 INTERRUPTED = "Interrupted. Run the same command again: finished files are kept."

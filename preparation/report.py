@@ -11,6 +11,9 @@ from preparation.plan import Component, Plan
 from preparation.progress import human_size
 from settings import StorageSettings
 from weights import Publication
+from weights.difference import total_bytes
+from weights.manifest import FileEntry
+from weights.prune import Pruning, StoredVersion
 
 
 def describe_download(plan: Plan) -> str:
@@ -83,6 +86,52 @@ def describe_outcome(publication: Publication) -> str:
     )
 
 
+def describe_difference(publication: Publication) -> str:
+    """How the version differs from the one before, in files and bytes."""
+    found = publication.difference
+    if found is None:
+        before = publication.previous_version
+        return (
+            f"Version {before}, served before, cannot be read to compare with."
+            if before
+            else "It is the first version of this model to be served."
+        )
+
+    def counted(what: str, entries: Sequence[FileEntry]) -> str:
+        return f"{len(entries)} {what} ({human_size(total_bytes(entries))})"
+
+    parts = [
+        counted(what, entries)
+        for what, entries in (
+            ("added", found.added),
+            ("changed", found.changed),
+            ("removed", found.removed),
+            ("the same", found.same),
+        )
+        if entries
+    ]
+    recipe = "; the recipe is another" if found.recipe_changed else ""
+    return f"Files, compared with version {found.since}: {', '.join(parts)}{recipe}."
+
+
+def describe_pruning(
+    pruning: Pruning, deleted: Sequence[StoredVersion], *, dry_run: bool = False
+) -> str:
+    """Which versions went, or would go."""
+    doing = "Would delete" if dry_run else "Deleted"
+    lines = [
+        f"{doing} version {found.version} ({human_size(found.bytes)}"
+        f"{'' if found.published else ', never published whole'})."
+        for found in deleted
+    ]
+    count = len(pruning.kept)
+    lines.append(
+        f"{count} version{'s' if count != 1 else ''} of {pruning.model_path} "
+        f"{'would stay' if dry_run else 'kept'}{'' if deleted else '; there is none to delete'}."
+    )
+    return "\n".join(lines)
+
+
 def describe_source(source: Source | None) -> str | None:
     """What the model was made of, as its manifest records it; None for a folder that says nothing of it."""
     if source is None or source.repo is None:
@@ -92,21 +141,26 @@ def describe_source(source: Source | None) -> str | None:
     return "\n".join(["Made of:", *(f"  {part}" for part in parts)])
 
 
+def environment(settings: StorageSettings, bucket: str, model_path: str) -> dict[str, str]:
+    """The variables of a deployment, less its keypair: that is the workload's own, and no publisher's."""
+    endpoint = {"AWS_ENDPOINT_URL_S3": settings.endpoint_url} if settings.endpoint_url else {}
+    return {
+        **endpoint,
+        "AWS_REGION": settings.region or ("auto" if endpoint else "<region of the buckets>"),
+        "MODEL_PATH": model_path,
+        "MODEL_BUCKET_NAME": bucket,
+        "PUBLIC_BUCKET_NAME": "generated-images",
+    }
+
+
 def environment_block(settings: StorageSettings, bucket: str, model_path: str) -> str:
-    """The variables of a deployment. The keypair is the workload's own, so the publisher's never appears here."""
-    lines = [
-        "AWS_ACCESS_KEY_ID=<access key ID of the workload keypair>",
-        "AWS_SECRET_ACCESS_KEY=<secret access key of the workload keypair>",
-    ]
-    if settings.endpoint_url:
-        lines.append(f"AWS_ENDPOINT_URL_S3={settings.endpoint_url}")
-    lines += [
-        f"AWS_REGION={settings.region or ('auto' if settings.endpoint_url else '<region of the buckets>')}",
-        f"MODEL_PATH={model_path}",
-        f"MODEL_BUCKET_NAME={bucket}",
-        "PUBLIC_BUCKET_NAME=generated-images",
-    ]
-    return "\n".join(lines)
+    """All of the variables, as lines; for the keypair there are placeholders."""
+    variables = {
+        "AWS_ACCESS_KEY_ID": "<access key ID of the workload keypair>",
+        "AWS_SECRET_ACCESS_KEY": "<secret access key of the workload keypair>",
+        **environment(settings, bucket, model_path),
+    }
+    return "\n".join(f"{name}={value}" for name, value in variables.items())
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> str:

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weights.activation import activate
     from weights.bucket import Bucket
     from weights.errors import (
         BucketError,
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from weights.landing import LandedTensor
     from weights.manifest import FileEntry, Manifest
     from weights.options import ReadOptions
-    from weights.publishing import Publication, activate, plan_publication, publish
+    from weights.publishing import Publication, plan_publication, publish
     from weights.snapshot import Snapshot, find_snapshot, read_latest, read_manifest
     from weights.stream import ModelStream, open_model
 
 _HOMES = {
+    "activation": ["activate"],
     "bucket": ["Bucket"],
     "errors": [
         "BucketError",
@@ -42,7 +44,7 @@ _HOMES = {
     "landing": ["LandedTensor"],
     "manifest": ["FileEntry", "Manifest"],
     "options": ["ReadOptions"],
-    "publishing": ["Publication", "activate", "plan_publication", "publish"],
+    "publishing": ["Publication", "plan_publication", "publish"],
     "snapshot": ["Snapshot", "find_snapshot", "read_latest", "read_manifest"],
     "stream": ["ModelStream", "open_model"],
 }

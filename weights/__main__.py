@@ -1,4 +1,4 @@
-"""`python -m weights`: look at, load, pull, verify and roll back the models of a bucket."""
+"""`python -m weights`: look at, load, pull, verify, roll back and prune the models of a bucket."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from settings import (
     check_model_path,
     load_command_settings,
 )
+from weights.activation import activate
 from weights.bucket import Bucket
 from weights.digests import Progress
 from weights.errors import WeightsError
-from weights.listing import list_models, list_versions
+from weights.listing import VersionInfo, list_models, list_versions
 from weights.options import ReadOptions
-from weights.publishing import activate
+from weights.prune import plan_pruning, prune
 from weights.pull import DEFAULT_CONNECTIONS, pull, verify
 from weights.snapshot import Snapshot, find_snapshot
 from weights.stream import ModelStream
@@ -58,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m weights",
-        description="Look at, load, pull, verify and roll back the models of a bucket. The bucket's server and keys "
-        "come from AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+        description="Look at, load, pull, verify, roll back and prune the models of a bucket. The bucket's server and "
+        "keys come from AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -108,12 +109,29 @@ def _parser() -> argparse.ArgumentParser:
     roll = add("activate", _activate, [common], "make a version the one readers get: the roll-back")
     roll.add_argument("model_path", metavar="MODEL_PATH", type=_model_path)
     roll.add_argument("version", metavar="VERSION")
+    old = add("prune", _prune, [common], "delete old versions of a model, never the active one")
+    old.add_argument("model_path", metavar="MODEL_PATH", type=_model_path)
+    old.add_argument(
+        "--keep",
+        metavar="N",
+        type=_keep,
+        required=True,
+        help="how many of the newest versions stay",
+    )
     return parser
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 256:
         raise argparse.ArgumentTypeError("must be a number from 1 to 256")
+    return int(text)
+
+
+def _keep(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            "must be a number from 1 on: the newest version always stays"
+        )
     return int(text)
 
 
@@ -140,7 +158,7 @@ def _ls(bucket: Bucket, options: argparse.Namespace) -> int:
     versions = list_versions(bucket, options.model_path)
     lines = [
         f"{'*' if found.active else ' '} {found.version}  {found.published:%Y-%m-%d %H:%M}  "
-        f"{_size(found.bytes):>9}  {found.problem or _source(found.source)}"
+        f"{_size(found.bytes):>9}  {found.problem or _origin(found)}"
         for found in versions
     ]
     document = [vars(found) | {"published": found.published.isoformat()} for found in versions]
@@ -222,6 +240,24 @@ def _activate(bucket: Bucket, options: argparse.Namespace) -> int:
     )
 
 
+def _prune(bucket: Bucket, options: argparse.Namespace) -> int:
+    pruning = plan_pruning(bucket, options.model_path, options.keep)
+    deleted = prune(pruning, jobs=options.connections)
+    lines = [f"deleted {found.version}  {_size(found.bytes):>9}" for found in deleted]
+    freed = sum(found.bytes for found in deleted)
+    summary = (
+        f"{len(deleted)} versions deleted ({_size(freed)})" if deleted else "nothing to delete"
+    )
+    lines.append(f"{options.model_path}: {summary}, {len(pruning.kept)} kept")
+    document = {
+        "bucket": bucket.name,
+        "model": options.model_path,
+        "deleted": [{"version": found.version, "bytes": found.bytes} for found in deleted],
+        "kept": pruning.kept,
+    }
+    return _report(options, document, lines)
+
+
 def _snapshot(bucket: Bucket, options: argparse.Namespace) -> Snapshot:
     return find_snapshot(bucket, options.model_path, options.version)
 
@@ -269,11 +305,22 @@ def _size(count: int | None) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _source(source: dict[str, Any] | None) -> str:
-    known = source or {}
-    return "  ".join(
-        str(known[name]) for name in ("repo", "revision", "licence") if known.get(name)
-    )
+def _origin(found: VersionInfo) -> str:
+    """Where it came from, under which licence, and with which options it was prepared that are not as always."""
+    source, made = found.source or {}, found.provenance or {}
+    known = [str(source[name]) for name in ("repo", "revision", "licence") if source.get(name)]
+    options = made.get("options")
+    if isinstance(options, dict):
+        known += [
+            f"{name}={_plain(value)}"
+            for name, value in sorted(options.items())
+            if value not in known
+        ]
+    return "  ".join(known)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from s3 import connect, content_md5, error_code, explain
 from weights.errors import BucketError
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
     from settings import StorageSettings
     from weights.transport import Patience
+
+
+class _Condition(TypedDict, total=False):
+    IfMatch: str
+    IfNoneMatch: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,15 @@ class Bucket:
                         found["LastModified"],
                     )
 
+    def folders(self, prefix: str) -> tuple[str, ...]:
+        """The names of what looks like a folder under `prefix`, which ends with a slash. Raises BucketError."""
+        with self.explained("list", f"{prefix}*"):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.name, Prefix=prefix, Delimiter="/"
+            )
+            found = [place["Prefix"] for page in pages for place in page.get("CommonPrefixes", [])]
+        return tuple(place.removeprefix(prefix).rstrip("/") for place in found)
+
     def size(self, key: str) -> int | None:
         """The object's size in bytes; None when there is none to be seen. Raises BucketError."""
         try:
@@ -100,8 +114,19 @@ class Bucket:
                 return None
             raise
 
-    def put(self, key: str, data: bytes, *, content_type: str) -> None:
-        """Write a small object whole; the server refuses it if the bytes do not arrive as sent."""
+    def put(
+        self, key: str, data: bytes, *, content_type: str, only_over: str | None = None
+    ) -> None:
+        """Write a small object whole; the server refuses it if the bytes do not arrive as sent.
+
+        With `only_over`, an ETag, it is written only in the place of that object, and with "" only where there is
+        none: a BucketError "PreconditionFailed" says that it was not. Servers that know no conditions write it.
+        """
+        condition: _Condition = {}
+        if only_over == "":
+            condition = {"IfNoneMatch": "*"}
+        elif only_over is not None:
+            condition = {"IfMatch": f'"{only_over}"'}
         with self.explained("write", key):
             self.client.put_object(
                 Bucket=self.name,
@@ -109,7 +134,13 @@ class Bucket:
                 Body=data,
                 ContentType=content_type,
                 ContentMD5=content_md5(data),
+                **condition,
             )
+
+    def delete(self, key: str) -> None:
+        """Delete one object; none there is as good. Raises BucketError."""
+        with self.explained("delete", key):
+            self.client.delete_object(Bucket=self.name, Key=key)
 
     @contextlib.contextmanager
     def explained(self, doing: str, key: str) -> Iterator[None]:

@@ -43,3 +43,7 @@ class ObjectChangedError(WeightsError):
 
 class FolderError(WeightsError):
     """A local folder cannot be published from, or written to."""
+
+
+class OvertakenError(WeightsError):
+    """A version was published whole, but is not served: somebody else had changed which one is."""

@@ -10,19 +10,27 @@ from weights.digests import Progress, describe_file
 from weights.errors import FolderError
 from weights.manifest import LATEST_NAME, MANIFEST_NAME, FileEntry, is_pickle
 from weights.parallel import run_all
+from weights.remembered import Remembered
 
 
 def hash_folder(
-    folder: Path, *, jobs: int = 8, on_bytes: Progress | None = None
+    folder: Path,
+    *,
+    jobs: int = 8,
+    on_bytes: Progress | None = None,
+    remembered: Remembered | None = None,
 ) -> tuple[FileEntry, ...]:
     """The entries of every file under `folder`, ordered by path. `on_bytes` is told of bytes as they are hashed.
 
-    Hidden files are left out, and so is a manifest that `pull` left there. Raises FolderError for what must not be
-    published: a pickle, a link that leads out of the folder, a name S3 or another system could misread.
+    What is `remembered` of files that nobody has touched is not computed again. Hidden files are left out, and so is
+    a manifest that `pull` left there. Raises FolderError for what must not be published: a pickle, a link that leads
+    out of the folder, a name S3 or another system could misread.
     """
-    files = publishable_files(folder)
-    tasks = [partial(_describe, folder / path, path, on_bytes) for path in files]
-    return tuple(run_all(tasks, jobs, name="hash"))
+    # The largest first: SHA-256 has no parts that could be shared, so the last file to begin is to be a short one.
+    sizes = {path: _status(folder / path).st_size for path in publishable_files(folder)}
+    paths = sorted(sizes, key=lambda path: -sizes[path])
+    tasks = [partial(_describe, folder / path, path, on_bytes, remembered) for path in paths]
+    return tuple(sorted(run_all(tasks, jobs, name="hash"), key=lambda entry: entry.path))
 
 
 def publishable_files(folder: Path) -> list[str]:
@@ -69,10 +77,27 @@ def _refuse(error: OSError) -> None:
     raise FolderError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
-def _describe(file: Path, path: str, on_bytes: Progress | None) -> FileEntry:
+def _describe(
+    file: Path, path: str, on_bytes: Progress | None, remembered: Remembered | None
+) -> FileEntry:
+    before = _status(file)
+    if remembered and (entry := remembered.recall(path, before)):
+        if on_bytes:
+            on_bytes(entry.size)
+        return entry
     try:
-        return describe_file(file, path, on_bytes)
+        entry = describe_file(file, path, on_bytes)
     except OSError as error:
         raise FolderError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
         raise FolderError(f"cannot publish {file}: {error}") from None
+    if remembered:
+        remembered.keep(entry, before, _status(file))
+    return entry
+
+
+def _status(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise FolderError(f"cannot read {file}: {error.strerror}") from error

@@ -11,6 +11,7 @@ from typing import Any
 from weights.bucket import Bucket
 from weights.errors import ManifestError, ModelNotFoundError, OversizedError
 from weights.manifest import LATEST_NAME, MANIFEST_NAME, is_version
+from weights.provenance import read_provenance
 from weights.snapshot import read_latest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VersionInfo:
-    """One published version; `problem` says why its manifest is refused, and size and source are then unknown."""
+    """One published version; `problem` says why its manifest is refused, and size and source are then unknown.
+
+    `provenance` is what was written down about how it came about, None where nothing was.
+    """
 
     model_path: str
     version: str
@@ -26,6 +30,7 @@ class VersionInfo:
     published: datetime
     bytes: int | None
     source: dict[str, Any] | None
+    provenance: dict[str, Any] | None
     problem: str | None
 
 
@@ -70,5 +75,12 @@ def _versions(bucket: Bucket, model_path: str, active: str | None) -> Iterator[V
             found_source = manifest.recipe.get("source")
             source = found_source if isinstance(found_source, dict) else None
         yield VersionInfo(
-            model_path, version, version == active, found.modified, size, source, problem
+            model_path,
+            version,
+            version == active,
+            found.modified,
+            size,
+            source,
+            read_provenance(bucket, model_path, version),
+            problem,
         )

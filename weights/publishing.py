@@ -1,7 +1,7 @@
 """Publishing: a folder becomes an immutable version in the bucket, then the one that readers are told of.
 
 Files first, then the manifest, then latest.json: a reader sees the old version or the new one, never a part. What
-the bucket already holds is not sent again.
+the bucket already holds is not sent again. A run that is killed leaves what the next one goes on from.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from weights.activation import succeed
 from weights.bucket import Bucket
+from weights.difference import Difference, difference
 from weights.digests import Progress
-from weights.errors import BucketError, ManifestError, ModelNotFoundError, OversizedError
-from weights.folder import hash_folder
-from weights.manifest import (
-    LATEST_NAME,
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    dump_latest,
-    dump_manifest,
-    make_manifest,
+from weights.errors import (
+    BucketError,
+    FolderError,
+    ManifestError,
+    ModelNotFoundError,
+    OversizedError,
 )
+from weights.folder import hash_folder
+from weights.held import held_by_others
+from weights.manifest import MANIFEST_NAME, FileEntry, Manifest, dump_manifest, make_manifest
 from weights.parallel import run_all
+from weights.provenance import write_provenance
+from weights.remembered import Remembered
 from weights.snapshot import read_latest, read_manifest
+from weights.unfinished import SILENCE_OF_THE_DEAD, Resumption, abort_leftovers
 from weights.upload import FileUpload, copy_within, is_there
 
 logger = logging.getLogger(__name__)
@@ -37,7 +41,8 @@ logger = logging.getLogger(__name__)
 class Publication:
     """A plan: what one version holds, and what must be done so that the bucket serves it.
 
-    `copies` pairs an entry with the key of an object in the bucket that has its bytes already.
+    `copies` pairs an entry with the key of an object in the bucket that has its bytes already. `previous` is the
+    manifest of the version served when the plan was made, None where there is none that can be read.
     """
 
     bucket: Bucket
@@ -48,6 +53,8 @@ class Publication:
     uploads: tuple[FileEntry, ...]
     copies: tuple[tuple[FileEntry, str], ...]
     previous_version: str | None
+    previous: Manifest | None = None
+    provenance: Mapping[str, Any] | None = None
 
     @property
     def version(self) -> str:
@@ -75,6 +82,11 @@ class Publication:
     def total_bytes(self) -> int:
         return self.manifest.total_bytes
 
+    @property
+    def difference(self) -> Difference | None:
+        """How it differs from the version before; None where there is none to compare with."""
+        return difference(self.previous, self.manifest) if self.previous else None
+
     def key(self, path: str) -> str:
         return f"{self.model_path}/{self.version}/{path}"
 
@@ -85,19 +97,26 @@ def plan_publication(
     model_path: str,
     recipe: Mapping[str, Any],
     *,
+    provenance: Mapping[str, Any] | None = None,
+    remembered: Remembered | None = None,
     repair: bool = False,
     jobs: int = 8,
     on_bytes: Progress | None = None,
 ) -> Publication:
-    """Hash the folder and find out what the bucket lacks; writes nothing. `on_bytes` counts hashed bytes.
+    """Hash the folder and find out what the bucket lacks; writes nothing there. `on_bytes` counts hashed bytes.
 
     An object that is there but is not the one that was published (other size, no or another SHA-256) counts as
-    lacking: publishing again mends it. With `repair` all of them do, also what only looks right. Raises FolderError
-    for what cannot be published, BucketError when the bucket cannot be asked.
+    lacking: publishing again mends it. With `repair` all of them do, also what only looks right, and nothing is taken
+    as hashed that is only `remembered`. Raises FolderError for what cannot be published, BucketError when the bucket
+    cannot be asked.
     """
-    manifest = make_manifest(hash_folder(folder, jobs=jobs, on_bytes=on_bytes), recipe)
-    keys = [f"{model_path}/{manifest.version}/{entry.path}" for entry in manifest.files]
-    previous = _served_version(bucket, model_path)
+    entries = hash_folder(
+        folder, jobs=jobs, on_bytes=on_bytes, remembered=None if repair else remembered
+    )
+    manifest = make_manifest(entries, recipe)
+    version = manifest.version
+    keys = [f"{model_path}/{version}/{entry.path}" for entry in manifest.files]
+    active = _served_version(bucket, model_path)
     there = [False] * len(keys)
     if not repair:
         looks = [
@@ -106,72 +125,90 @@ def plan_publication(
         ]
         there = run_all(looks, jobs, name="look")
     lacking = [entry for entry, found in zip(manifest.files, there, strict=True) if not found]
-    held = (
-        _held_by(bucket, model_path, previous)
-        if lacking and previous != manifest.version and not repair
-        else {}
-    )
-    copies = [
-        (entry, held[entry.sha256])
-        for entry in lacking
-        if entry.sha256 in held and is_there(bucket, held[entry.sha256], entry)
-    ]
-    copied = {entry.path for entry, _ in copies}
+    copies: dict[str, str] = {}
+    if lacking and not repair:
+        held = held_by_others(bucket, model_path, version, active, jobs=jobs)
+        searches = [partial(_source_of, bucket, entry, held) for entry in lacking]
+        sources = run_all(searches, jobs, name="look")
+        copies = {
+            entry.path: key for entry, key in zip(lacking, sources, strict=True) if key is not None
+        }
+    own = _manifest_of(bucket, model_path, version)
     return Publication(
         bucket=bucket,
         folder=folder,
         model_path=model_path,
         manifest=manifest,
-        manifest_is_there=_has_manifest(bucket, model_path, manifest.version),
-        uploads=tuple(entry for entry in lacking if entry.path not in copied),
-        copies=tuple(copies),
-        previous_version=previous,
+        manifest_is_there=own is not None,
+        uploads=tuple(entry for entry in lacking if entry.path not in copies),
+        copies=tuple((entry, copies[entry.path]) for entry in lacking if entry.path in copies),
+        previous_version=active,
+        previous=own if active == version else _manifest_of(bucket, model_path, active),
+        provenance=provenance,
     )
 
 
 def publish(publication: Publication, *, jobs: int = 8, on_bytes: Progress | None = None) -> None:
     """Carry the plan out, with `jobs` requests at once. `on_bytes` counts the bytes the bucket has taken.
 
-    Nothing a reader can see changes before the end. Raises BucketError, and FolderError when a file is no longer
-    what was hashed.
+    Nothing a reader can see changes before the end. Raises BucketError, FolderError when a file is no longer what
+    was hashed, and OvertakenError when somebody else has changed meanwhile which version is served.
     """
+    bucket, model_path, version = publication.bucket, publication.model_path, publication.version
+    _bring(publication, jobs, on_bytes)
+    _put_away_leftovers(bucket, model_path, version)
     if publication.unchanged:
         return
-    bucket = publication.bucket
-    uploads = [
-        FileUpload(
-            bucket, publication.folder / entry.path, publication.key(entry.path), entry, on_bytes
-        )
-        for entry in publication.uploads
-    ]
-    copies = [
-        partial(copy_within, bucket, source, publication.key(entry.path), entry)
-        for entry, source in publication.copies
-    ]
-    try:
-        begin: list[Callable[[], None]] = [*copies, *(upload.begin for upload in uploads)]
-        run_all(begin, jobs, name="publish")
-        run_all((task for upload in uploads for task in upload.tasks()), jobs, name="publish")
-        run_all((upload.complete for upload in uploads), jobs, name="publish")
-    except BaseException:
-        _abort(uploads)
-        raise
     if not publication.manifest_is_there:
+        if publication.provenance is not None:
+            write_provenance(bucket, model_path, version, publication.provenance)
         bucket.put(
             publication.key(MANIFEST_NAME),
             dump_manifest(publication.manifest),
             content_type="application/json",
         )
-    activate(bucket, publication.model_path, publication.version)
+    succeed(bucket, model_path, version, publication.previous_version)
 
 
-def activate(bucket: Bucket, model_path: str, version: str) -> None:
-    """Make `version` the one readers get: re-point latest.json, if that version is really there.
+def _bring(publication: Publication, jobs: int, on_bytes: Progress | None) -> None:
+    """Have every file of the version in the bucket."""
+    resumption = Resumption(publication.bucket)
 
-    Raises ModelNotFoundError or ManifestError when it is not, BucketError when the bucket refuses.
-    """
-    read_manifest(bucket, model_path, version)
-    bucket.put(f"{model_path}/{LATEST_NAME}", dump_latest(version), content_type="application/json")
+    def upload_of(entry: FileEntry, on_bytes: Progress | None) -> FileUpload:
+        file, key = publication.folder / entry.path, publication.key(entry.path)
+        return FileUpload(publication.bucket, file, key, entry, resumption, on_bytes)
+
+    def copy(entry: FileEntry, source: str) -> None:
+        key = publication.key(entry.path)
+        try:
+            copy_within(publication.bucket, source, key, entry)
+        except BucketError as error:
+            if is_there(publication.bucket, key, entry):
+                return  # another run of the same version was faster
+            if not error.is_missing_or_hidden:
+                raise
+            # The version it was to be copied from has been pruned since the plan was made.
+            for task in upload_of(entry, None).tasks():
+                task()
+
+    uploads = [upload_of(entry, on_bytes) for entry in publication.uploads]
+    tasks: list[Callable[[], None]] = [
+        partial(copy, entry, source) for entry, source in publication.copies
+    ]
+    tasks += [task for upload in uploads for task in upload.tasks()]
+    try:
+        run_all(tasks, jobs, name="publish")
+    except BaseException as error:
+        if _is_final(error):
+            _abort(uploads)
+        raise
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether running again would fail as well: then no parts are kept for it."""
+    if isinstance(error, BucketError):
+        return error.code == "AccessDenied"
+    return isinstance(error, FolderError)
 
 
 def _served_version(bucket: Bucket, model_path: str) -> str | None:
@@ -183,24 +220,27 @@ def _served_version(bucket: Bucket, model_path: str) -> str | None:
         return None
 
 
-def _has_manifest(bucket: Bucket, model_path: str, version: str) -> bool:
-    try:
-        read_manifest(bucket, model_path, version)
-    except (ModelNotFoundError, ManifestError, OversizedError):
-        return False
-    return True
-
-
-def _held_by(bucket: Bucket, model_path: str, version: str | None) -> dict[str, str]:
-    """The keys of what an earlier version holds, by SHA-256; nothing where it cannot be read."""
+def _manifest_of(bucket: Bucket, model_path: str, version: str | None) -> Manifest | None:
+    """The version's manifest; None where there is none that can be read."""
     if version is None:
-        return {}
+        return None
     try:
-        manifest = read_manifest(bucket, model_path, version)
-    except (ModelNotFoundError, ManifestError, OversizedError) as error:
-        logger.warning("publishing without reuse of the version before: %s", error)
-        return {}
-    return {entry.sha256: f"{model_path}/{version}/{entry.path}" for entry in manifest.files}
+        return read_manifest(bucket, model_path, version)
+    except (ModelNotFoundError, ManifestError, OversizedError):
+        return None
+
+
+def _source_of(bucket: Bucket, entry: FileEntry, held: Mapping[str, Iterable[str]]) -> str | None:
+    """The key of an object with the entry's bytes that really is there."""
+    return next((key for key in held.get(entry.sha256, ()) if is_there(bucket, key, entry)), None)
+
+
+def _put_away_leftovers(bucket: Bucket, model_path: str, version: str) -> None:
+    """Parts cost their owner money and nobody sees them; but that they stay is no reason to fail."""
+    try:
+        abort_leftovers(bucket, model_path, whole=version, silence=SILENCE_OF_THE_DEAD)
+    except BucketError as error:
+        logger.info("what interrupted runs may have left is not put away: %s", error)
 
 
 def _abort(uploads: Iterable[FileUpload]) -> None:
