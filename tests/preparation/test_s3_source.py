@@ -258,6 +258,22 @@ def test_file_that_was_damaged_on_this_disk_is_found_out(
         run_from(f"s3://{origin}/models/mine", name="another/model")
 
 
+def test_chunk_that_was_noted_but_never_reached_the_disk_is_read_again(
+    run_from: RunFrom, origin: str, models: Models, tmp_path: Path, s3: EmbeddedS3
+) -> None:
+    # given an unfinished file as a loss of power leaves it: the note is there, the bytes are not
+    run_from(f"s3://{origin}/models/mine")
+    blobs = (tmp_path / "prepared/sources").rglob("*-diffusion_pytorch_model.safetensors")
+    blob = max(blobs, key=lambda file: file.stat().st_size)
+    blob.unlink()
+    blob.with_name(f"{blob.name}.part").write_bytes(bytes((models.full / UNET).stat().st_size))
+    s3.forget_requests()
+    # when, then
+    folder = run_from(f"s3://{origin}/models/mine", name="another/model").folder
+    assert (folder / UNET).read_bytes() == (models.full / UNET).read_bytes()
+    assert _weights_read(s3, origin) == [f"models/mine/{UNET}"]
+
+
 def test_dry_run_reads_no_weights(
     command: Command, origin: str, bucket: Bucket, s3: EmbeddedS3
 ) -> None:
