@@ -2,7 +2,7 @@
 
 A part is compared with the manifest's chunk digests before it is sent and signed with its SHA-256, which the server
 checks on arrival, so what lies in the bucket afterwards is what was hashed. A Content-MD5 would have botocore leave the
-SHA-256 out over TLS, and takes twice as long (0.5 GB/s a core where SHA-256 runs at 1.1). Parts that are there already
+SHA-256 out over TLS, and takes longer (0.6 GB/s a core where SHA instructions give 1.1). Parts that are there already
 are not sent again.
 """
 
