@@ -50,8 +50,8 @@ class Gate:
         presigned = is_presigned(environ.get("QUERY_STRING", ""))
         fault = self._faults.strike(method, bucket, key)
         answer = _Answer()
-        _read_body(environ)
         try:
+            _read_body(environ)
             if fault and fault.kind == "status":
                 code = _FAULT_CODES.get(fault.status, "InternalError")
                 raise Refusal(fault.status, code, "A fault that the test asked for.")
@@ -169,7 +169,10 @@ def _read_body(environ: Environ) -> None:
     otherwise gather it in steps of 64 KiB, at a quarter of the speed."""
     # A chunked body tells its end itself; any other is as long as it says.
     length = -1 if "wsgi.input_terminated" in environ else int(environ.get("CONTENT_LENGTH") or 0)
-    environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))
+    body = environ["wsgi.input"].read(length)
+    if len(body) < length:  # the client is gone; moto would store what there is
+        raise Refusal(400, "IncompleteBody", f"{length} bytes were announced, {len(body)} came.")
+    environ["wsgi.input"] = io.BytesIO(body)
     environ["wsgi.input_terminated"] = True
 
 
