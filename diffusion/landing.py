@@ -118,9 +118,9 @@ class Landing:
         # One tensor under two names (T5's embedding): files hold it under either, or both.
         self._tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
 
-    def slot(self, name: str) -> Slot:
-        """Where the tensor lies that files call `name`. Raises KeyError."""
-        return self._slots[self._aliases.get(name, name)]
+    def slot(self, name: str) -> Slot | None:
+        """Where the tensor lies that files call `name`; None for one that the module computes by itself."""
+        return self._slots.get(self._aliases.get(name, name))
 
     def take(self, landed: LandedTensor, problems: Problems) -> None:
         """Make `landed` a parameter of the module, or note why not. Keeps no other reference to its memory."""

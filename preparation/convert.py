@@ -147,7 +147,7 @@ def write_shards(
         with ExitStack() as stack:
             sources: dict[Path, Any] = {}
             for info in shard:
-                if changed is not None:
+                if changed is not None and info.name in changed:
                     tensors[info.name] = _cast(changed[info.name], info, dtype, label)
                     on_bytes(info.size)
                     continue

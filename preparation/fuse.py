@@ -72,7 +72,7 @@ class Loras:
     def fused(
         self, component: str, tensors: Sequence[TensorInfo], config: Mapping[str, Any], label: str
     ) -> dict[str, Any]:
-        """The component's tensors under the names its files use, all LoRAs merged in, in the order given.
+        """The component's weights under the names its files use, all LoRAs merged in, in the order given.
 
         Raises UsageError where one does not fit.
         """
@@ -88,7 +88,7 @@ class Loras:
                 self._add(component, module, name, lora)
         with _explained(acting[-1].label, label):
             self._merge(component, module, names, [lora.weight for lora in acting])
-        return {info.name: slots[info.name].tensor.detach().contiguous() for info in tensors}
+        return {name: slot.tensor.detach().contiguous() for name, slot in slots.items()}
 
     def _load(self, file: LoraFile, configs: Mapping[str, Mapping[str, Any]]) -> _Loaded:
         from safetensors.torch import load_file
@@ -174,7 +174,9 @@ def _fill(module: Any, tensors: Sequence[TensorInfo], label: str) -> dict[str, A
         problems.raise_if_any()
     except ModelError as error:
         raise UsageError(f"{label}: {error}") from error
-    return {info.name: landing.slot(info.name) for info in tensors}
+    # Older files hold buffers too that a module computes: those stay as they are.
+    found = {info.name: landing.slot(info.name) for info in tensors}
+    return {name: slot for name, slot in found.items() if slot is not None}
 
 
 @dataclass(frozen=True)

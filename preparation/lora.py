@@ -30,7 +30,7 @@ class LoraName:
         """Read `REPO[:file][@weight]`. Raises UsageError."""
         rest, at, number = text.rpartition("@")
         weight = 1.0
-        if at:
+        if at and "/" not in number:  # or it is part of a path
             try:
                 weight = float(number)
             except ValueError:
@@ -81,11 +81,21 @@ class Lora:
         return f"{at}{self.path} x {self.weight:g}"
 
 
+def on_this_disk(place: str) -> Path:
+    """The path, with a home folder in the place of ~. Raises UsageError for the home of nobody known."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{place}: {error}.") from error
+
+
 def find_lora(name: LoraName, hub: Hub) -> Lora:
     """Look the file up. Raises UsageError where there is none, several, or only a pickle."""
-    local = Path(name.place).expanduser()
+    local = on_this_disk(name.place)
     if name.file is None and local.suffix == SUFFIX and local.is_file():
-        return Lora(LocalFolder.open(local.parent), local.name, name.weight)
+        # Nobody asks what else lies in that folder.
+        folder = LocalFolder(local.resolve().parent, {local.resolve().name: local.stat().st_size})
+        return Lora(folder, local.resolve().name, name.weight)
     if not is_repo_id(name.place):
         raise UsageError(
             f"--lora {name}: there is no file {local}, and {name.place!r} is not OWNER/NAME of a Hub repo."

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from diffusion.recipe import SDXL, Dtype, Source, lightning_recipe
@@ -17,7 +16,7 @@ from preparation.errors import UsageError
 from preparation.folder import LocalFolder
 from preparation.hub import Hub, HubRepo, is_repo_id
 from preparation.lightning import LIGHTNING_REPO, lora_file
-from preparation.lora import LoraName, find_lora
+from preparation.lora import LoraName, find_lora, on_this_disk
 from preparation.origin import Origin
 from preparation.plan import SCHEDULER_PATH, Component, Copy, Plan, published_texts
 from preparation.select import select_weights
@@ -119,6 +118,7 @@ def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
         raise UsageError(f"--vae {place} has no config.json, neither at its root nor under vae/.")
     chosen = select_weights(origin.files, "vae", origin.label, folder=folder)
     vae = Component("vae", chosen.stem, origin, chosen.files, architecture="AutoencoderKL")
+    _check_vae(plan, origin.read(config), place)
     part = f"{place}@{origin.commit}" if isinstance(origin, HubRepo) else _public(place)
     others = tuple(copy for copy in plan.copies if not copy.target.startswith("vae/"))
     plan = replace(
@@ -127,6 +127,23 @@ def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
         components=tuple(vae if found.name == "vae" else found for found in plan.components),
     )
     return _with_parts(plan, part)
+
+
+def _check_vae(plan: Plan, config: bytes, place: str) -> None:
+    """The denoiser's latents are of one kind of VAE: of so many channels, so much smaller than the image."""
+    before = next(copy for copy in plan.copies if copy.target == "vae/config.json")
+    try:
+        own, other = json.loads(before.origin.read(before.path)), json.loads(config)
+        kinds = [
+            (one.get("latent_channels", 4), len(one["block_out_channels"])) for one in (own, other)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--vae {place}: a VAE's config.json cannot be read ({error}).") from error
+    if kinds[0] != kinds[1]:
+        raise UsageError(
+            f"--vae {place} makes latents of {kinds[1][0]} channels with {kinds[1][1]} levels, where {plan.source} has "
+            f"{kinds[0][0]} and {kinds[0][1]}. It is a VAE for another kind of model."
+        )
 
 
 def _cast(plan: Plan, dtype: Dtype) -> Plan:
@@ -138,14 +155,18 @@ def _cast(plan: Plan, dtype: Dtype) -> Plan:
 
 
 def _open(place: str, hub: Hub) -> Origin:
-    if Path(place).expanduser().is_dir() or not is_repo_id(place):
-        return LocalFolder.open(Path(place).expanduser())
+    if _is_folder(place):
+        return LocalFolder.open(on_this_disk(place))
     return hub.open(place)
+
+
+def _is_folder(place: str) -> bool:
+    return not is_repo_id(place) or on_this_disk(place).is_dir()
 
 
 def _public(place: str) -> str:
     """A repo as it is; of a folder on this disk its name alone."""
-    return place if is_repo_id(place) else Path(place).expanduser().resolve().name
+    return on_this_disk(place).resolve().name if _is_folder(place) else place
 
 
 def _with_parts(plan: Plan, part: str) -> Plan:

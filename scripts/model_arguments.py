@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import preparation
+from weights.manifest import is_version
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,6 +105,7 @@ def parse() -> argparse.Namespace:
     )
     instead.add_argument(
         "--activate",
+        type=_version,
         metavar="VERSION",
         help="instead of publishing, serve a version that is in the bucket; SOURCE is not looked at, and can be left "
         "out where --name is given",
@@ -116,10 +118,14 @@ def parse() -> argparse.Namespace:
     # Intermixed, or a BUCKET that comes after an option would not be seen.
     arguments = parser.parse_intermixed_args()
     if arguments.bucket is None:
-        if not (arguments.activate and arguments.name):
+        if arguments.activate is None or not arguments.name:
             parser.error("the following arguments are required: BUCKET")
         arguments.source, arguments.bucket = arguments.name, arguments.source
     if arguments.from_truss:
+        if arguments.activate is not None:
+            parser.error(
+                "--from-truss publishes several models; --activate is of one: name it instead"
+            )
         for option in ("name", "revision", "allow", "ignore"):
             if getattr(arguments, option):
                 parser.error(f"--from-truss: every entry says that itself; leave out --{option}")
@@ -163,6 +169,14 @@ def _lora(text: str) -> preparation.LoraName:
         return preparation.LoraName.parse(text)
     except preparation.UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _version(text: str) -> str:
+    if not is_version(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a version's name (32 hexadecimal digits)"
+        )
+    return text
 
 
 def _size(text: str) -> int:

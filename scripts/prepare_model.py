@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         access=settings,
         patterns=Patterns(tuple(arguments.allow), tuple(arguments.ignore)),
     )
-    if arguments.activate:
+    if arguments.activate is not None:
         return _activate(arguments, request, settings)
     if not arguments.from_truss:
         plan = preparation.make_plan(request)

@@ -51,7 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     except WeightsError as error:
         return _fail(options, error, FAILED)
     except KeyboardInterrupt:
-        print("interrupted; nothing was left half done", file=sys.stderr)
+        left = (
+            "run it again to finish: a version may be half deleted"
+            if options.command is _prune
+            else "nothing was left half done"
+        )
+        print(f"interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     return result
 

@@ -12,9 +12,9 @@ from weights.manifest import LATEST_NAME, dump_latest, parse_latest
 from weights.snapshot import LATEST_LIMIT, read_manifest
 
 _ATTEMPTS = 5
-_SOMEBODY_WAS_FASTER = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"})
+SOMEBODY_WAS_FASTER = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"})
 # What servers that know no conditions on writing answer; many others just ignore them.
-_NO_CONDITIONS = frozenset({"NotImplemented", "InvalidArgument", "InvalidRequest"})
+NO_CONDITIONS = frozenset({"NotImplemented", "InvalidArgument", "InvalidRequest"})
 
 
 def activate(bucket: Bucket, model_path: str, version: str) -> None:
@@ -46,9 +46,9 @@ def succeed(bucket: Bucket, model_path: str, version: str, previous: str | None)
         try:
             _point(bucket, model_path, version, etag)
         except BucketError as error:
-            if error.code in _SOMEBODY_WAS_FASTER:
+            if error.code in SOMEBODY_WAS_FASTER:
                 continue
-            if error.code not in _NO_CONDITIONS:
+            if error.code not in NO_CONDITIONS:
                 raise
             _point(bucket, model_path, version)
         return

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
+from weights.activation import NO_CONDITIONS, SOMEBODY_WAS_FASTER
 from weights.bucket import Bucket
 from weights.errors import BucketError, ManifestError
 
@@ -35,11 +36,15 @@ def write_provenance(
         ) from None
     if bucket.size(key) is not None:
         return
+    body = data.encode() + b"\n"
     try:
-        bucket.put(key, data.encode() + b"\n", content_type="application/json", only_over="")
+        bucket.put(key, body, content_type="application/json", only_over="")
     except BucketError as error:
-        if error.code != "PreconditionFailed":  # another owner's, of the same bytes, came first
+        if error.code in SOMEBODY_WAS_FASTER:
+            return  # another owner's, of the same bytes
+        if error.code not in NO_CONDITIONS:
             raise
+        bucket.put(key, body, content_type="application/json")
 
 
 def read_provenance(bucket: Bucket, model_path: str, version: str) -> dict[str, Any] | None:

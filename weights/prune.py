@@ -15,7 +15,7 @@ from functools import partial
 
 from weights.bucket import Bucket, ObjectInfo
 from weights.errors import BucketError, ModelNotFoundError
-from weights.manifest import MANIFEST_NAME, is_version
+from weights.manifest import LATEST_NAME, MANIFEST_NAME, is_version
 from weights.parallel import run_all
 from weights.snapshot import read_latest
 from weights.unfinished import SILENCE_BEFORE_PRUNING, abort_leftovers
@@ -67,7 +67,7 @@ def plan_pruning(
     Raises ModelNotFoundError when there is no version at all, ManifestError when latest.json does not tell which one
     is active, and BucketError (this needs s3:ListBucket).
     """
-    active = read_latest(bucket, model_path)
+    active = _served(bucket, model_path)
     stored = list(_stored(bucket, model_path))
     if not also and not any(found.published for found in stored):
         raise ModelNotFoundError(
@@ -119,7 +119,7 @@ def prune(pruning: Pruning, *, jobs: int = 8) -> tuple[StoredVersion, ...]:
     bucket, model_path = pruning.bucket, pruning.model_path
     gone = []
     for found in pruning.deleted:
-        if read_latest(bucket, model_path) == found.version:
+        if _served(bucket, model_path) == found.version:
             continue
         manifest = f"{model_path}/{found.version}/{MANIFEST_NAME}"
         if found.published:
@@ -132,6 +132,22 @@ def prune(pruning: Pruning, *, jobs: int = 8) -> tuple[StoredVersion, ...]:
     except BucketError as error:
         logger.warning("what interrupted runs may have left is not put away: %s", error)
     return tuple(gone)
+
+
+def _served(bucket: Bucket, model_path: str) -> str | None:
+    """The version that is served, None only where the listing too says that there is no latest.json.
+
+    Raises BucketError where it is there and hidden: what it names must not go.
+    """
+    active = read_latest(bucket, model_path)
+    latest = f"{model_path}/{LATEST_NAME}"
+    if active is None and any(found.key == latest for found in bucket.list(latest)):
+        raise BucketError(
+            f"cannot read {bucket.url(latest)}, so which version is served is not known, and nothing more is deleted. "
+            "Allow s3:GetObject on it",
+            "AccessDenied",
+        )
+    return active
 
 
 def _stored(bucket: Bucket, model_path: str) -> Iterable[StoredVersion]:

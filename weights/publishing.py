@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,7 @@ def publish(publication: Publication, *, jobs: int = 8, on_bytes: Progress | Non
     if publication.unchanged:
         return
     if not publication.manifest_is_there:
+        _bring_again(publication, jobs)
         if publication.provenance is not None:
             write_provenance(bucket, model_path, version, publication.provenance)
         bucket.put(
@@ -202,6 +203,19 @@ def _bring(publication: Publication, jobs: int, on_bytes: Progress | None) -> No
         if _is_final(error):
             _abort(uploads)
         raise
+
+
+def _bring_again(publication: Publication, jobs: int) -> None:
+    """Send what was there when the plan was made and is no longer: without a manifest, somebody may have pruned it."""
+    entries = publication.files
+    looks = [
+        partial(is_there, publication.bucket, publication.key(entry.path), entry)
+        for entry in entries
+    ]
+    there = run_all(looks, jobs, name="look")
+    gone = tuple(entry for entry, found in zip(entries, there, strict=True) if not found)
+    if gone:
+        _bring(replace(publication, uploads=gone, copies=()), jobs, None)
 
 
 def _is_final(error: BaseException) -> bool:

@@ -168,6 +168,35 @@ def test_only_what_a_lora_changes_is_written_anew(
     assert list(after) == list(before)
 
 
+def test_what_else_lies_beside_a_lora_does_not_matter(
+    run: Prepare, models: Models, style: Path, tmp_path: Path
+) -> None:
+    (style / "elsewhere").symlink_to("/usr")
+    odd = style.rename(tmp_path / "me@work")
+
+    options = with_loras(f"{odd}/lora.safetensors")
+    source = run(models.full, name="me/styled", options=options).recipe.source
+
+    assert source is not None
+    assert source.parts == ("lora.safetensors x 1",)
+    assert options.recorded() == {"lora": ["lora.safetensors"]}
+
+
+def test_position_ids_of_older_files_stay_as_they_are(
+    run: Prepare, models: Models, own: Callable[[Path], Path], style: Path
+) -> None:
+    folder = own(models.full)
+    (file,) = weights_of(folder, "text_encoder").values()
+    name = "text_model.embeddings.position_ids"
+    ids = torch.arange(77).unsqueeze(0)
+    save_file(load_file(file) | {name: ids}, file, metadata={"format": "pt"})
+
+    options = with_loras(f"{style}/lora.safetensors")
+    prepared = run(folder, name="me/styled", options=options)
+
+    assert load_file(prepared.folder / "text_encoder" / file.name)[name].equal(ids)
+
+
 def test_the_lora_is_recorded_with_its_commit_and_weight(
     loopback_hub: LoopbackHub, run: Prepare, models: Models, style: Path
 ) -> None:

@@ -39,13 +39,44 @@ def test_the_vae_of_a_whole_pipeline_on_this_disk_will_do(run: Prepare, models: 
     assert (prepared.folder / path).read_bytes() == (models.other_full / path).read_bytes()
 
 
-def test_a_vae_of_another_shape_is_refused(run: Prepare, models: Models, tmp_path: Path) -> None:
+def test_a_vae_of_another_shape_than_its_config_says_is_refused(
+    run: Prepare, models: Models, tmp_path: Path
+) -> None:
     sd3 = write_small_sd3(tmp_path / "sd3", with_t5=False)
     config = (models.full / "vae/config.json").read_bytes()
     (sd3 / "vae/config.json").write_bytes(config)
 
     with pytest.raises(UsageError, match=r"compared with its AutoencoderKL config|has shape"):
         run(models.full, name="me/model", options=Options(vae=str(sd3)))
+
+
+def test_a_vae_for_another_kind_of_model_is_refused(
+    run: Prepare, models: Models, tmp_path: Path
+) -> None:
+    sd3 = write_small_sd3(tmp_path / "sd3", with_t5=False)
+
+    with pytest.raises(UsageError, match=r"latents of 16 channels with 4 levels, where .* has 4 "):
+        run(models.full, name="me/model", options=Options(vae=str(sd3)))
+
+
+def test_where_a_folder_lies_on_this_disk_is_not_published(
+    run: Prepare, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/vae").symlink_to(models.other_full)
+    monkeypatch.chdir(tmp_path)
+    options = Options(vae="private/vae")
+
+    prepared = run(models.full, name="me/model", options=options)
+
+    assert prepared.recipe.source is not None
+    assert "private" not in str(prepared.recipe.source.parts)
+    assert "private" not in str(options.recorded())
+
+
+def test_the_home_of_nobody_is_refused(run: Prepare, models: Models) -> None:
+    with pytest.raises(UsageError, match="~nobody-at-all/vae"):
+        run(models.full, name="me/model", options=Options(vae="~nobody-at-all/vae"))
 
 
 def test_a_place_without_a_vae_is_refused(
