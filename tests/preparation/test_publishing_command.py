@@ -153,8 +153,9 @@ def test_the_dry_run_of_a_repo_is_a_document_too(
         (["/no/such/folder", "models", "--name", "a/b"], 2, "There is no folder"),
         (["a/b"], 2, "the following arguments are required: BUCKET"),
         (["a/b", "models", "--prune", "0"], 2, "0 is not between 1 and 256"),
-        (["a/b", "models", "--prune", "1", "--activate", "x"], 2, "not allowed with"),
-        (["models", "--activate", "x"], 2, "the following arguments are required: BUCKET"),
+        (["a/b", "models", "--prune", "1", "--activate", "0" * 32], 2, "not allowed with"),
+        (["models", "--activate", "0" * 32], 2, "the following arguments are required: BUCKET"),
+        (["a/b", "models", "--activate", ""], 2, "'' is not a version's name"),
     ],
 )
 def test_an_error_is_a_document_with_the_same_code(
