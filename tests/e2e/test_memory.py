@@ -19,8 +19,8 @@ MIB = 2**20
 CHILD = """
 import json
 import torch
-from diffusion.build import MODULES, build_pipeline
-from diffusion.recipe import Recipe
+from diffusion.build import build_pipeline
+from diffusion.recipe import SDXL, Recipe
 from settings import load_runner_settings
 from weights import Bucket, open_model
 
@@ -39,7 +39,7 @@ with open_model(Bucket(settings, settings.model_bucket), settings.model_path) as
         dtype=torch.float32,
     )
 peak = status("VmHWM")
-model = sum(p.nbytes for part in MODULES for p in getattr(pipeline, part).parameters())
+model = sum(p.nbytes for part in SDXL.modules for p in getattr(pipeline, part).parameters())
 print(json.dumps({"model": model, "peak": peak - before}))
 """
 

@@ -56,7 +56,9 @@ def test_bar_is_as_wide_as_the_terminal_or_usual_where_that_knows_no_width(
         # when
         with Progress(stream).stage("Upload", 10) as stage:
             stage.advance(10)
-        shown = os.read(screen, 10_000).decode()
+        shown = ""
+        while "100%" not in shown:  # a terminal hands on what was written piece by piece
+            shown += os.read(screen, 10_000).decode()
     os.close(screen)
     # then
     bar = shown.strip().split("\r")[-1]
