@@ -45,6 +45,7 @@ def write_small_sdxl(
     lightning: bool = True,
     steps: tuple[int, ...] = (4,),
     shard_bytes: int | None = None,
+    text_2_layers: int = 3,
 ) -> Path:
     """Write a `StableDiffusionXLPipeline` folder and return its path.
 
@@ -56,10 +57,12 @@ def write_small_sdxl(
         lightning: also write `recipe.json`, saying that this is a few-step model (Euler trailing, no guidance).
         steps: the step counts that recipe allows; the first is its default.
         shard_bytes: split weight files larger than this, as the Hub's large models are, with their index.
+        text_2_layers: of the second text encoder. SDXL's own has 32, and a single-file checkpoint is known as SDXL's by
+            the tenth.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    for component, tensors in _components(seed, width, dtype):
+    for component, tensors in _components(seed, width, dtype, text_2_layers):
         _write_json(folder / component.folder / "config.json", {**component.config})
         cast = {name: tensor.to(torch_dtype).contiguous() for name, tensor in tensors.items()}
         _write_weights(folder / component.folder, component.stem, cast, shard_bytes)
@@ -74,9 +77,9 @@ def write_small_sdxl(
 
 
 def _components(
-    seed: int, width: int, dtype: DType
+    seed: int, width: int, dtype: DType, text_2_layers: int
 ) -> Iterator[tuple[Component, dict[str, torch.Tensor]]]:
-    text, text_2 = _text_configs(dtype)
+    text, text_2 = _text_configs(dtype, text_2_layers)
     with torch.device("meta"):  # shapes only: the modules' own random weights are never made
         encoder = _make(CLIPTextModel, config=text)
         encoder_2 = _make(CLIPTextModelWithProjection, config=text_2)
@@ -107,12 +110,13 @@ def _components(
     )
 
 
-def _text_configs(dtype: DType) -> tuple[Any, Any]:
+def _text_configs(dtype: DType, text_2_layers: int) -> tuple[Any, Any]:
     tokens, _ = vocabulary()
     ids = {"bos_token_id": tokens[START], "eos_token_id": tokens[END], "vocab_size": len(tokens)}
-    shared = {**ids, "max_position_embeddings": 77, "num_hidden_layers": 3, "dtype": dtype}
+    shared = {**ids, "max_position_embeddings": 77, "dtype": dtype}
     first = _make(
         CLIPTextConfig,
+        num_hidden_layers=3,
         hidden_size=32,
         intermediate_size=64,
         num_attention_heads=2,
@@ -124,6 +128,7 @@ def _text_configs(dtype: DType) -> tuple[Any, Any]:
     )
     second = _make(
         CLIPTextConfig,
+        num_hidden_layers=text_2_layers,
         hidden_size=64,
         intermediate_size=128,
         num_attention_heads=4,

@@ -1,0 +1,206 @@
+"""The single files are laid out as their authors lay them out: stock diffusers reads every tensor of them back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from safetensors.torch import load_file, save_file
+
+from demo.small_sdxl import write_small_sdxl
+from tests.support.single_files import read_weights, write_single_file
+from tests.support.small_families import stock_pipeline
+
+PREFIXES = {
+    "xl": (
+        "model.diffusion_model.",
+        "first_stage_model.",
+        "conditioner.embedders.0.transformer.text_model.",
+        "conditioner.embedders.1.model.",
+    ),
+}
+PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Each arrangement's folder, written once, with no two tensors alike."""
+    root = tmp_path_factory.mktemp("arrangements")
+    writers: dict[str, Callable[[Path], Path]] = {
+        "xl": lambda folder: write_small_sdxl(folder, lightning=False),
+        "xl, recognized": lambda folder: write_small_sdxl(
+            folder, lightning=False, text_2_layers=10
+        ),
+        "xl, sharded": lambda folder: write_small_sdxl(
+            folder, lightning=False, shard_bytes=1_000_000
+        ),
+    }
+
+    def folder(arrangement: str) -> Path:
+        path = root / arrangement
+        if not path.exists():
+            draw_anew(writers[arrangement](path))
+        return path
+
+    return folder
+
+
+def draw_anew(folder: Path) -> None:
+    """Give every tensor numbers of its own: a new model's norms are all ones, and could be mistaken for each other."""
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors = {
+            name: torch.randn(tensor.shape, generator=generator)
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def from_single_file(file: Path, folder: Path, scratch: Path, **options: Any) -> Any:
+    """Stock diffusers' reading of the file, with the folder's configuration but none of its weights to fall back on."""
+    config = scratch / "config-only"
+    shutil.copytree(folder, config, ignore=shutil.ignore_patterns("*.safetensors*"))
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return getattr(diffusers, name).from_single_file(
+        str(file), config=str(config), local_files_only=True, **options
+    )
+
+
+def assert_holds_the_folders_weights(pipeline: Any, folder: Path) -> None:
+    expected = stock_pipeline(folder)
+    names = [name for name in PARTS if getattr(expected, name, None) is not None]
+    assert "vae" in names
+    for name in names:
+        read = getattr(pipeline, name).state_dict()
+        own = getattr(expected, name).state_dict()
+        assert read.keys() == own.keys()
+        for key, tensor in own.items():
+            assert read[key].dtype == tensor.dtype, (name, key)
+            assert torch.equal(read[key], tensor), (name, key)
+
+
+def numbers(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("arrangement", ["xl", "xl, recognized", "xl, sharded"])
+def test_stock_diffusers_reads_the_folders_own_weights_from_the_file_and_leaves_none_unread(
+    arrangement: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of(arrangement)
+    file = write_single_file(folder, tmp_path / "model.safetensors")
+
+    pipeline = from_single_file(file, folder, tmp_path)
+
+    assert_holds_the_folders_weights(pipeline, folder)
+    # As many numbers in the file as in the folder: since each of the folder's was read from it, none is left over.
+    parts = [read_weights(folder / name) for name in PARTS if (folder / name).exists()]
+    assert numbers(load_file(file)) == sum(map(numbers, parts))
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "model_type"),
+    [
+        ("xl", "v1"),  # what it makes of everything that it does not know
+        ("xl, recognized", "xl_base"),
+    ],
+)
+def test_what_stock_diffusers_takes_the_file_for(
+    arrangement: str, model_type: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = write_single_file(folder_of(arrangement), tmp_path / "model.safetensors")
+    assert infer_diffusers_model_type(load_file(file)) == model_type
+
+
+# Names and dimensions that the authors' published files have.
+@pytest.mark.parametrize(
+    ("arrangement", "dimensions"),
+    [
+        (
+            "xl",
+            {
+                "model.diffusion_model.time_embed.0.weight": 2,
+                "model.diffusion_model.label_emb.0.0.weight": 2,
+                "model.diffusion_model.input_blocks.0.0.weight": 4,
+                "model.diffusion_model.input_blocks.2.0.op.weight": 4,
+                "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": 2,
+                "model.diffusion_model.output_blocks.1.2.conv.weight": 4,
+                "model.diffusion_model.out.2.weight": 4,
+                "first_stage_model.encoder.mid.attn_1.q.weight": 4,
+                "first_stage_model.decoder.up.3.upsample.conv.weight": 4,
+                "first_stage_model.quant_conv.weight": 4,
+                "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": 1,
+                "conditioner.embedders.1.model.positional_embedding": 2,
+                "conditioner.embedders.1.model.text_projection": 2,
+                "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": 2,
+                "conditioner.embedders.1.model.transformer.resblocks.2.mlp.c_proj.bias": 1,
+            },
+        ),
+    ],
+)
+def test_tensors_are_named_and_shaped_as_in_the_published_files(
+    arrangement: str,
+    dimensions: dict[str, int],
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    tensors = load_file(write_single_file(folder_of(arrangement), tmp_path / "model.safetensors"))
+    assert {name: tensors[name].ndim for name in dimensions} == dimensions
+    strangers = [name for name in tensors if not name.startswith(PREFIXES[arrangement])]
+    assert strangers == []
+
+
+def test_components_are_left_out_and_others_stay_as_they_are(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("xl")
+    whole = load_file(write_single_file(folder, tmp_path / "whole.safetensors"))
+    without = {"vae", "text_encoder_2"}
+    part = load_file(write_single_file(folder, tmp_path / "part.safetensors", without=without))
+
+    absent = ("first_stage_model.", "conditioner.embedders.1.")
+    assert part.keys() == {name for name in whole if not name.startswith(absent)}
+    assert part.keys() < whole.keys()
+
+
+def test_tensors_are_cast_and_further_ones_are_added_as_they_are(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    positions = torch.arange(77)[None]
+    name = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
+    file = write_single_file(
+        folder_of("xl"),
+        tmp_path / "half" / "model.safetensors",
+        dtype=torch.float16,
+        extra={name: positions},
+    )
+    tensors = load_file(file)
+    assert torch.equal(tensors.pop(name), positions)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_a_pipeline_a_component_and_a_tensor_that_have_no_place_are_named(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    target = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match=r"no component \['prior'\] to leave out"):
+        write_single_file(folder_of("xl"), target, without={"prior"})
+
+    other = tmp_path / "other"
+    shutil.copytree(folder_of("xl"), other)
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(weights), "decoder.mid_block.filter.weight": torch.ones(1)}, weights)
+    with pytest.raises(ValueError, match=r"decoder\.mid_block\.filter\.weight has no place"):
+        write_single_file(other, target)
+
+    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="is a FluxPipeline"):
+        write_single_file(other, target)
+    assert not target.exists()
