@@ -26,6 +26,18 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class SingleFile:
+    """How the authors' own single-file checkpoints of an architecture are recognised and laid out.
+
+    `kinds` are diffusers' names for them (`infer_diffusers_model_type`); `prefixes` say how the names of each
+    module's tensors begin.
+    """
+
+    kinds: tuple[str, ...]
+    prefixes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A pipeline class of diffusers: what it is made of, and what its `__call__` does when its caller says nothing.
 
@@ -41,6 +53,7 @@ class Architecture:
     embeddings: tuple[str, ...]
     default_steps: int
     guidance_scale: float
+    single_file: SingleFile
     further_prompts: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
     upcasts_vae: bool = False
@@ -97,6 +110,15 @@ _ARCHITECTURES = (
         embeddings=_WITH_POOLED,
         default_steps=50,
         guidance_scale=5.0,
+        single_file=SingleFile(
+            ("xl_base",),
+            {
+                "text_encoder": "conditioner.embedders.0.",
+                "text_encoder_2": "conditioner.embedders.1.",
+                "unet": "model.diffusion_model.",
+                "vae": "first_stage_model.",
+            },
+        ),
         upcasts_vae=True,
         # diffusers would mark every image where invisible-watermark happens to be installed.
         arguments={"add_watermarker": False},
@@ -110,6 +132,14 @@ _ARCHITECTURES = (
         embeddings=_WITH_POOLED[:2],
         default_steps=50,
         guidance_scale=7.5,
+        single_file=SingleFile(
+            ("v1", "v2"),
+            {
+                "text_encoder": "cond_stage_model.",
+                "unet": "model.diffusion_model.",
+                "vae": "first_stage_model.",
+            },
+        ),
         # What a caller may see is the owner's business, as it is for every other pipeline.
         arguments={
             "safety_checker": None,
@@ -136,6 +166,16 @@ _ARCHITECTURES = (
         further_prompts=("prompt_2", "prompt_3"),
         default_steps=28,
         guidance_scale=7.0,
+        single_file=SingleFile(
+            ("sd3", "sd35_medium", "sd35_large"),
+            {
+                "text_encoder": "text_encoders.clip_l.",
+                "text_encoder_2": "text_encoders.clip_g.",
+                "text_encoder_3": "text_encoders.t5xxl.",
+                "transformer": "model.diffusion_model.",
+                "vae": "first_stage_model.",
+            },
+        ),
         # The T5 encoder is 9.5 GB in half precision, and the pipeline does without it.
         optional=frozenset({"text_encoder_3", "tokenizer_3"}),
     ),

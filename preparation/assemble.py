@@ -21,6 +21,7 @@ from preparation.errors import PreparationError, UsageError
 from preparation.fuse import LoraFile, Loras
 from preparation.plan import Component, Plan
 from preparation.progress import Progress, Stage, human_size
+from preparation.unpack import unpack
 
 # Hidden, so it is never published. It says that the folder is ours to replace, and from what it was made.
 MARKER_NAME = ".prepared.json"
@@ -28,6 +29,7 @@ MARKER_NAME = ".prepared.json"
 _HEADER_ALLOWANCE = 10_000_000
 _SPACE_MARGIN = 64_000_000
 _LINKED_FROM = 1_000_000  # bytes; smaller files are copied
+_UNPACKED = ".unpacked"  # in the folder that is being built: a checkpoint's components before what else is done
 _BLOCK = 8 * 1024 * 1024
 
 
@@ -83,7 +85,8 @@ def is_rewritten(component: Component, plan: Plan) -> bool:
     """Whether the component's files may be converted, as far as their names and sizes tell."""
     may_be_fused = bool(plan.loras) and component.name != "vae"
     too_large = _is_too_large(component, plan.shard_limit)
-    return component.dtype is not None or may_be_fused or too_large
+    is_unpacked = component.inside is not None
+    return component.dtype is not None or may_be_fused or too_large or is_unpacked
 
 
 def _is_too_large(component: Component, shard_limit: int) -> bool:
@@ -123,10 +126,14 @@ def _build(plan: Plan, local: Local, building: Path, progress: Progress) -> Reci
     for copy in plan.copies:
         shutil.copyfile(local[id(copy.origin), copy.path], _target(building, copy.target))
 
+    files = {
+        component.name: [local[id(component.origin), path] for path in component.files]
+        for component in plan.components
+    }
+    files |= _unpack(plan, files, building, progress)
     tensors: dict[str, list[convert.TensorInfo]] = {}
     for component in plan.components:
-        files = [local[id(component.origin), path] for path in component.files]
-        tensors[component.name] = convert.read_headers(files, _label(component))
+        tensors[component.name] = convert.read_headers(files[component.name], _label(component))
         if component.architecture:
             config = _config(building, component.name)
             convert.check_architecture(
@@ -140,7 +147,7 @@ def _build(plan: Plan, local: Local, building: Path, progress: Progress) -> Reci
         component.name
         for component in plan.components
         if component.name in fused
-        or _is_too_large(component, plan.shard_limit)
+        or (component.inside is None and _is_too_large(component, plan.shard_limit))
         or convert.needs_cast(tensors[component.name], component.dtype)
     }
     total = sum(sum(info.size for info in tensors[name]) for name in converted)
@@ -151,12 +158,13 @@ def _build(plan: Plan, local: Local, building: Path, progress: Progress) -> Reci
                 _convert(plan, component, tensors[component.name], building, stage, merging)
     unlinked: list[tuple[Path, Path]] = []
     for component in plan.components:
-        files = [local[id(component.origin), path] for path in component.files]
         if component.name not in converted:
-            unlinked += _take(component, files, tensors[component.name], building)
+            taken = files[component.name]
+            unlinked += _take(component, taken, tensors[component.name], building)
     with progress.stage("Copy", sum(source.stat().st_size for source, _ in unlinked)) as stage:
         for source, place in unlinked:
             _copy(source, place, stage)
+    shutil.rmtree(building / _UNPACKED, ignore_errors=True)
     marker = {
         "fingerprint": plan.fingerprint(),
         "source": plan.source,
@@ -165,6 +173,30 @@ def _build(plan: Plan, local: Local, building: Path, progress: Progress) -> Reci
     }
     _write_marker(building, marker)
     return recipe
+
+
+def _unpack(
+    plan: Plan, files: Mapping[str, list[Path]], building: Path, progress: Progress
+) -> dict[str, list[Path]]:
+    """Take a single-file checkpoint apart; returns the files of its components, as diffusers has them."""
+    inside = [component for component in plan.components if component.inside is not None]
+    unpacked: dict[str, list[Path]] = {}
+    with progress.stage("Unpack", sum(component.inside or 0 for component in inside)) as stage:
+        for component in inside:
+            unpacked[component.name] = unpack(
+                files[component.name][0],
+                component.name,
+                plan.recipe.architecture,
+                building,
+                building / _UNPACKED / component.name,
+                stem=component.stem,
+                # LoRAs are merged in the precision that the file has.
+                dtype=None if plan.loras else component.dtype,
+                shard_limit=plan.shard_limit,
+                label=f"{_label(component)}: {component.files[0]}",
+                on_bytes=stage.advance,
+            )
+    return unpacked
 
 
 def _convert(
@@ -274,13 +306,15 @@ def _check_space(plan: Plan, folder: Path) -> None:
         needed[device] = needed.get(device, 0) + size
 
     destination = _existing(folder).stat().st_dev
+    for origin, paths in plan.fetched():
+        need(origin.home, sum(origin.files[path] for path in origin.missing(paths)))
     for component in plan.components:
         origin = component.origin
-        missing = origin.missing(component.files)
-        need(origin.home, sum(origin.files[path] for path in missing))
         linked = _existing(origin.home).stat().st_dev == destination
         if not linked or is_rewritten(component, plan):
             need(folder, sum(component.sizes))
+        if component.inside is not None and plan.loras:
+            need(folder, component.inside)  # before and after the LoRAs
     for device, size in needed.items():
         free = shutil.disk_usage(places[device]).free
         if size and free < size + _SPACE_MARGIN:

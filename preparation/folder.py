@@ -39,6 +39,12 @@ class LocalFolder:
                 "out what should not be published."
             ) from error
 
+    @classmethod
+    def of_file(cls, file: Path) -> LocalFolder:
+        """As if the folder held this file alone: nobody asks what lies beside it."""
+        resolved = file.resolve()
+        return cls(resolved.parent, {resolved.name: resolved.stat().st_size})
+
     @property
     def label(self) -> str:
         return str(self.root)

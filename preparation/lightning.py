@@ -30,6 +30,7 @@ LIGHTNING_REPO = "ByteDance/SDXL-Lightning"
 BASE_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
 VAE_REPO = "madebyollin/sdxl-vae-fp16-fix"
 STEPS: Final = 4
+_ALL_STEPS: Final[tuple[Literal[1, 2, 4, 8], ...]] = (1, 2, 4, 8)
 _STEM = "diffusion_pytorch_model"
 
 
@@ -41,6 +42,14 @@ def is_lightning(repo_id: str) -> bool:
 def unet_file(steps: int) -> str:
     """The one for a single step predicts the image, which its name says as x0."""
     return f"sdxl_lightning_{steps}step_unet{'_x0' if steps == 1 else ''}.safetensors"
+
+
+def steps_of(path: str) -> Literal[1, 2, 4, 8] | None:
+    """For how many steps one of the repo's whole single-file checkpoints is; None for any other file."""
+    for steps in _ALL_STEPS:
+        if path == f"sdxl_lightning_{steps}step{'_x0' if steps == 1 else ''}.safetensors":
+            return steps
+    return None
 
 
 def lora_file(steps: int) -> str:

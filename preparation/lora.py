@@ -93,8 +93,7 @@ def find_lora(name: LoraName, hub: Hub) -> Lora:
     """Look the file up. Raises UsageError where there is none, several, or only a pickle."""
     local = on_this_disk(name.place)
     if name.file is None and local.suffix == SUFFIX and local.is_file():
-        # Nobody asks what else lies in that folder.
-        folder = LocalFolder(local.resolve().parent, {local.resolve().name: local.stat().st_size})
+        folder = LocalFolder.of_file(local)
         return Lora(folder, local.resolve().name, name.weight)
     if not is_repo_id(name.place):
         raise UsageError(

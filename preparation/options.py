@@ -43,7 +43,7 @@ class Options:
         asked = {
             "lora": [name.recorded for name in self.loras],
             "lightning_steps": self.lightning_steps,
-            "vae": self.vae and _public(self.vae),
+            "vae": self.vae and public_name(self.vae),
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size if self.max_shard_size != SHARD_LIMIT else None,
         }
@@ -111,7 +111,7 @@ def _with_lora(plan: Plan, name: LoraName, hub: Hub) -> Plan:
 
 def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
     """Another VAE: a repo or folder that holds it at its root or, as a whole pipeline does, under vae/."""
-    origin = _open(place, hub)
+    origin = open_place(place, hub)
     folder = "vae" if "vae/config.json" in origin.files else "."
     config = "vae/config.json" if folder == "vae" else "config.json"
     if config not in origin.files:
@@ -119,7 +119,7 @@ def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
     chosen = select_weights(origin.files, "vae", origin.label, folder=folder)
     vae = Component("vae", chosen.stem, origin, chosen.files, architecture="AutoencoderKL")
     _check_vae(plan, origin.read(config), place)
-    part = f"{place}@{origin.commit}" if isinstance(origin, HubRepo) else _public(place)
+    part = f"{place}@{origin.commit}" if isinstance(origin, HubRepo) else public_name(place)
     others = tuple(copy for copy in plan.copies if not copy.target.startswith("vae/"))
     plan = replace(
         plan,
@@ -154,7 +154,8 @@ def _cast(plan: Plan, dtype: Dtype) -> Plan:
     )
 
 
-def _open(place: str, hub: Hub) -> Origin:
+def open_place(place: str, hub: Hub) -> Origin:
+    """A Hub repo, or the folder on this disk that is there or can be nothing else. Raises UsageError."""
     if _is_folder(place):
         return LocalFolder.open(on_this_disk(place))
     return hub.open(place)
@@ -164,7 +165,7 @@ def _is_folder(place: str) -> bool:
     return not is_repo_id(place) or on_this_disk(place).is_dir()
 
 
-def _public(place: str) -> str:
+def public_name(place: str) -> str:
     """A repo as it is; of a folder on this disk its name alone."""
     return on_this_disk(place).resolve().name if _is_folder(place) else place
 

@@ -47,7 +47,8 @@ class Component:
     """The weights of one component, and what is to be made of them.
 
     `dtype` is what to cast to (safetensors' name, "F16"), None for as they are. `architecture` is the diffusers class
-    to check names and shapes against, where the weights and their config come from different repos.
+    to check names and shapes against, where the weights and their config come from different repos. `inside`: the
+    one file is a whole model under its authors' own names, and this many bytes of it are the component's.
     """
 
     name: str
@@ -56,9 +57,12 @@ class Component:
     files: tuple[str, ...]
     dtype: str | None = None
     architecture: str | None = None
+    inside: int | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        if self.inside is not None:
+            return (self.inside,)
         return tuple(self.origin.files[path] for path in self.files)
 
 
@@ -79,15 +83,15 @@ class Plan:
     shard_limit: int = SHARD_LIMIT
 
     def fetched(self) -> list[tuple[Origin, list[str]]]:
-        """Every file to be brought onto this disk, by origin."""
-        by_origin: dict[int, tuple[Origin, list[str]]] = {}
+        """Every file to be brought onto this disk, once, by origin."""
+        by_origin: dict[int, tuple[Origin, dict[str, None]]] = {}
         for origin, paths in [
             *((copy.origin, (copy.path,)) for copy in self.copies),
             *((component.origin, component.files) for component in self.components),
             *((lora.origin, (lora.path,)) for lora in self.loras),
         ]:
-            by_origin.setdefault(id(origin), (origin, []))[1].extend(paths)
-        return list(by_origin.values())
+            by_origin.setdefault(id(origin), (origin, {}))[1].update(dict.fromkeys(paths))
+        return [(origin, list(paths)) for origin, paths in by_origin.values()]
 
     def fingerprint(self) -> str:
         """The same for two plans that give the same folder."""
@@ -101,6 +105,7 @@ class Plan:
                     component.stem,
                     component.dtype,
                     [component.origin.fingerprint(path) for path in component.files],
+                    *(["inside"] if component.inside is not None else []),
                 ]
                 for component in self.components
             },

@@ -15,18 +15,21 @@ from diffusion.errors import DiffusionError, ModelError
 from diffusion.recipe import Recipe, Source
 from preparation.assemble import Prepared, assemble, find_prepared
 from preparation.bucket_origin import BucketOrigin
+from preparation.checkpoint import open_checkpoint
 from preparation.errors import PreparationError, UsageError
 from preparation.folder import LocalFolder
 from preparation.gcs_origin import open_gcs
 from preparation.hub import Hub
 from preparation.lightning import STEPS, is_lightning, plan_lightning
 from preparation.lock import claim
-from preparation.options import Options, altered
+from preparation.lora import on_this_disk
+from preparation.options import Options, altered, open_place
 from preparation.patterns import EVERYTHING, Patterns
 from preparation.plan import Plan, plan_mirror
 from preparation.progress import Progress
 from preparation.provenance import asked_of, tools
 from preparation.s3_origin import open_s3
+from preparation.single_file import find_base, plan_single_file
 from preparation.source import SourceKind, SourceName, parse_source
 from settings import SettingsError, SourceSettings
 from weights import (
@@ -44,6 +47,7 @@ from weights.remembered import Remembered
 
 DEFAULT_FOLDER = Path("~/.cache/lightning-in-a-bucket")
 DEFAULT_JOBS = 8
+_FILES = (SourceKind.HUB_FILE, SourceKind.FILE)
 CACHE_NAME = "sources"  # beside the prepared folders: what was downloaded from buckets
 
 # Everything that preparing a model may raise on purpose.
@@ -74,6 +78,7 @@ class Request:
     folder: Path = DEFAULT_FOLDER
     jobs: int = DEFAULT_JOBS
     repair: bool = False
+    base: str | None = None
     options: Options = field(default_factory=Options)
     patterns: Patterns = EVERYTHING
     access: SourceSettings = field(default_factory=SourceSettings, repr=False)
@@ -92,11 +97,11 @@ class Request:
             UsageError: a folder or bucket without a name, or a name that is no plain path.
         """
         place = self.place
-        if self.name is None and place.kind is not SourceKind.HUB:
+        if self.name is None and place.kind not in (SourceKind.HUB, SourceKind.HUB_FILE):
             raise UsageError(
                 f"A model from {place.kind.value} needs a name: add --name, for example --name {place.suggested_name}."
             )
-        name = self.name if self.name is not None else self.source
+        name = self.name if self.name is not None else place.repo or self.source
         try:
             return check_path(name)
         except ValueError as error:
@@ -119,6 +124,11 @@ def make_plan(request: Request) -> Plan:
     """
     _ = request.model_path  # refused before anything is looked up
     options = request.options
+    if request.base and request.place.kind not in _FILES:
+        raise UsageError(
+            f"--base is for single-file checkpoints; {request.source} is {request.place.kind.value}, which has its "
+            "own configs."
+        )
     if request.place.kind is SourceKind.HUB and is_lightning(request.source):
         plan = plan_lightning(
             request.hub,
@@ -133,11 +143,13 @@ def make_plan(request: Request) -> Plan:
 
 def _plan_source(request: Request) -> Plan:
     place = request.place
-    if request.revision and place.kind is not SourceKind.HUB:
+    if request.revision and place.kind not in (SourceKind.HUB, SourceKind.HUB_FILE):
         raise UsageError(
             f"--revision is of a Hub repo. {request.source} is {place.kind.value}, which has one state: it is taken as "
             "it is now. (A version that this script published has a folder of its own, which can be given.)"
         )
+    if place.kind in _FILES:
+        return _plan_single_file(request)
     if place.kind is SourceKind.FOLDER:
         folder = LocalFolder.open(Path(request.source).expanduser())
         return plan_mirror(folder, None, request.jobs, request.patterns)
@@ -154,6 +166,23 @@ def _plan_source(request: Request) -> Plan:
         raise UsageError(f"{error} If the local folder is meant, add --name.") from error
     source = Source(repo=repo.repo_id, revision=repo.commit, licence=repo.licence)
     return plan_mirror(repo, source, request.jobs, request.patterns)
+
+
+def _plan_single_file(request: Request) -> Plan:
+    place = request.place
+    if request.patterns:
+        raise UsageError(f"--allow and --ignore choose among files; {request.source} is one.")
+    if place.kind is SourceKind.HUB_FILE:
+        checkpoint = open_checkpoint(request.hub.open(place.repo, request.revision), place.file)
+    else:
+        file = on_this_disk(request.source)
+        if not file.is_file():
+            raise UsageError(
+                f"There is no file {file}. Give a single-file checkpoint, or OWNER/NAME:FILE of one on the Hub."
+            )
+        checkpoint = open_checkpoint(LocalFolder.of_file(file), file.resolve().name)
+    named = open_place(request.base, request.hub) if request.base else None
+    return plan_single_file(checkpoint, named or find_base(checkpoint, request.hub), request.jobs)
 
 
 def _plan_from_bucket(origin: BucketOrigin, request: Request) -> Plan:

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preparation.options import public_name
 from preparation.source import SourceKind
 
 if TYPE_CHECKING:
@@ -33,14 +34,15 @@ def tools() -> dict[str, str]:
 def asked_of(request: Request) -> dict[str, Any]:
     """What was asked for, less what is as it always is, and less any password that somebody put into a URL.
 
-    Of a local folder its own name alone: where a person keeps their files is nobody's business.
+    Of a local folder or file its own name alone: where a person keeps their files is nobody's business.
     """
     source = request.source
-    if request.place.kind is SourceKind.FOLDER:
+    if request.place.kind in (SourceKind.FOLDER, SourceKind.FILE):
         source = Path(source).expanduser().resolve().name
     asked = {
         "source": _USER_INFO.sub("", source),
         "revision": request.revision,
+        "base": request.base and public_name(request.base),
         "allow": list(request.patterns.allow),
         "ignore": list(request.patterns.ignore),
         **request.options.recorded(),

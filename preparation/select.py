@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +79,16 @@ def published_model_index(index: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def select(files: Iterable[str], index: Mapping[str, Any], where: str) -> Selection:
+def select(
+    files: Iterable[str], index: Mapping[str, Any], where: str, elsewhere: Collection[str] = ()
+) -> Selection:
     """Choose the files that the pipeline of `index` needs.
 
     Args:
         files: every path in the repo or folder, with forward slashes.
         index: its model_index.json, as `read_model_index` returned it.
         where: what to call the repo or folder in a message.
+        elsewhere: components whose weights come from another place, and only their configs from here.
 
     Raises:
         UsageError: a component is missing, incomplete, or there only as a pickle.
@@ -109,7 +112,8 @@ def select(files: Iterable[str], index: Mapping[str, Any], where: str) -> Select
             configs.append(_required(listing, "scheduler/scheduler_config.json", where))
         else:
             configs.append(_required(listing, f"{component}/config.json", where))
-            weights.append(select_weights(listing, component, where))
+            if component not in elsewhere:
+                weights.append(select_weights(listing, component, where))
     return Selection(tuple(configs), tuple(weights))
 
 

@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
         "source",
         metavar="SOURCE",
         help="a Hub repo (OWNER/NAME), a local diffusers folder or one in a bucket (s3://BUCKET/FOLDER, "
-        "gs://BUCKET/FOLDER); "
+        "gs://BUCKET/FOLDER), or a single-file checkpoint (FILE.safetensors, OWNER/NAME:FILE.safetensors); "
         "ByteDance/SDXL-Lightning is joined with SDXL base",
     )
     parser.add_argument("bucket", metavar="BUCKET", nargs="?", help="the bucket to publish to")
@@ -48,6 +48,12 @@ def parse() -> argparse.Namespace:
         "--revision",
         metavar="REV",
         help="branch, tag or commit of the Hub repo (default: its main branch)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="REPO",
+        help="of a single-file checkpoint: the repo or folder to take configs and tokenizers from (default: its own, "
+        "where that is a whole model, else the one its family is known by)",
     )
     _add_conversions(parser)
     parser.add_argument(

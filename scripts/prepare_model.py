@@ -74,6 +74,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         folder=arguments.destdir,
         jobs=arguments.jobs,
         repair=arguments.repair,
+        base=arguments.base,
         options=preparation.Options(
             loras=tuple(arguments.lora),
             lightning_steps=arguments.lightning_steps,

@@ -21,6 +21,9 @@ from preparation.source import SourceKind, parse_source
         ("s3://models/", (SourceKind.S3, "models", "")),
         ("S3://models/team/mine/", (SourceKind.S3, "models", "team/mine")),
         ("gs://models/mine", (SourceKind.GCS, "models", "mine")),
+        ("someone/model:v2/model.safetensors", (SourceKind.HUB_FILE, "", "")),
+        ("./model.safetensors", (SourceKind.FILE, "", "")),
+        ("models/model.safetensors", (SourceKind.FILE, "", "")),
     ],
 )
 def test_source_is_taken_apart(text: str, expected: tuple[SourceKind, str, str]) -> None:
@@ -38,6 +41,9 @@ def test_source_is_taken_apart(text: str, expected: tuple[SourceKind, str, str])
         ("s3://models/../secrets", r"its folder '\.\./secrets' must be a plain path"),
         ("s3://models/a//b", "its folder 'a//b' must be a plain path"),
         ("s3://models/a\\b", r"its folder 'a\\\\b' must not contain"),
+        ("s3://models/a.safetensors", "of a bucket a whole folder is read. Download the file"),
+        ("someone/model:model.ckpt", "model.ckpt is a pickle, which can run any code"),
+        ("someone/model:model.onnx", "only checkpoints in safetensors"),
     ],
 )
 def test_source_that_can_be_none_is_refused(text: str, message: str) -> None:
