@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from preparation.errors import PreparationError
+from preparation.hub import HubRepo
 from preparation.origin import Origin
 from weights.manifest import LATEST_NAME
 
@@ -22,11 +23,17 @@ def describe_other(origin: Origin) -> str:
     single = [name for name in top if name.endswith(".safetensors") and name in origin.files]
     if single:
         return (
-            f"It holds {single[0]}, which is a single-file checkpoint or an add-on. Give the repo or folder of the "
-            "whole pipeline, with unet/, vae/, text_encoder/ and so on."
+            f"It holds {single[0]}: if that is all of a model, {_as_source(origin, single[0])}. Else give the repo or "
+            "folder of the whole pipeline, with unet/, vae/, text_encoder/ and so on."
         )
     seen = f"It holds {_listed(top)}. " if top else "It is empty. "
     return f"{seen}Give the repo or folder of the whole pipeline, with unet/, vae/ and so on."
+
+
+def _as_source(origin: Origin, file: str) -> str:
+    if isinstance(origin, HubRepo):
+        return f"give {origin.repo_id}:{file}"
+    return f"give {origin.home / file}" if origin.is_local else "download it and give the file"
 
 
 def _is_mark(path: str) -> bool:

@@ -119,7 +119,9 @@ def test_repo_without_a_model_index_is_refused(
     loopback_hub: LoopbackHub, run: Prepare, models: Models
 ) -> None:
     loopback_hub.add("someone/single-file", models.lightning)
-    with pytest.raises(UsageError, match=r"has no model_index\.json.*single-file checkpoint"):
+    with pytest.raises(
+        UsageError, match=r"has no model_index\.json.*give someone/single-file:sdxl_lightning"
+    ):
         run("someone/single-file")
 
 
