@@ -32,6 +32,12 @@ _SDXL: Layout = {
     "text_encoder": ("conditioner.embedders.0.transformer.", hugging_face_clip),
     "text_encoder_2": ("conditioner.embedders.1.model.", open_clip),
 }
+_SD1: Layout = {
+    "unet": ("model.diffusion_model.", unet),
+    "vae": ("first_stage_model.", autoencoder),
+    "text_encoder": ("cond_stage_model.transformer.", hugging_face_clip),
+}
+_SD2: Layout = {**_SD1, "text_encoder": ("cond_stage_model.model.", open_clip)}
 
 
 def write_single_file(
@@ -85,6 +91,10 @@ def read_weights(folder: Path) -> Tensors:
 def _layout(folder: Path, pipeline: str) -> Layout:
     if pipeline == "StableDiffusionXLPipeline":
         return _SDXL
+    if pipeline == "StableDiffusionPipeline":
+        # Both versions are this one pipeline. Version 2 brought OpenCLIP and, with it, linear projections.
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        return _SD2 if config["use_linear_projection"] else _SD1
     raise ValueError(
         f"{folder} is a {pipeline}, and how its authors name its tensors is not known here."
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
@@ -16,7 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from demo.small_sdxl import write_small_sdxl
 from tests.support.single_files import read_weights, write_single_file
-from tests.support.small_families import stock_pipeline
+from tests.support.small_families import (
+    stock_pipeline,
+    write_small_sd1,
+    write_small_sd2,
+    write_small_sd_turbo,
+)
 
 PREFIXES = {
     "xl": (
@@ -25,6 +31,12 @@ PREFIXES = {
         "conditioner.embedders.0.transformer.text_model.",
         "conditioner.embedders.1.model.",
     ),
+    "sd1": (
+        "model.diffusion_model.",
+        "first_stage_model.",
+        "cond_stage_model.transformer.text_model.",
+    ),
+    "sd2": ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."),
 }
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
 
@@ -41,6 +53,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         "xl, sharded": lambda folder: write_small_sdxl(
             folder, lightning=False, shard_bytes=1_000_000
         ),
+        "sd1": write_small_sd1,
+        "sd2": write_small_sd2,
+        "sd-turbo": write_small_sd_turbo,
     }
 
     def folder(arrangement: str) -> Path:
@@ -90,7 +105,9 @@ def numbers(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("arrangement", ["xl", "xl, recognized", "xl, sharded"])
+@pytest.mark.parametrize(
+    "arrangement", ["xl", "xl, recognized", "xl, sharded", "sd1", "sd2", "sd-turbo"]
+)
 def test_stock_diffusers_reads_the_folders_own_weights_from_the_file_and_leaves_none_unread(
     arrangement: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -110,6 +127,9 @@ def test_stock_diffusers_reads_the_folders_own_weights_from_the_file_and_leaves_
     [
         ("xl", "v1"),  # what it makes of everything that it does not know
         ("xl, recognized", "xl_base"),
+        ("sd1", "v1"),
+        ("sd2", "v2"),
+        ("sd-turbo", "v1"),
     ],
 )
 def test_what_stock_diffusers_takes_the_file_for(
@@ -117,6 +137,30 @@ def test_what_stock_diffusers_takes_the_file_for(
 ) -> None:
     file = write_single_file(folder_of(arrangement), tmp_path / "model.safetensors")
     assert infer_diffusers_model_type(load_file(file)) == model_type
+
+
+@pytest.mark.parametrize("arrangement", ["xl, recognized", "sd1", "sd2"])
+def test_what_is_recognized_paints_as_a_folder_and_as_a_file(
+    arrangement: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of(arrangement)
+    file = write_single_file(folder, tmp_path / "model.safetensors")
+
+    pictures = [
+        pipeline(
+            "a golden fox",
+            width=64,
+            height=64,
+            num_inference_steps=2,
+            generator=torch.Generator("cpu").manual_seed(0),
+            output_type="np",
+        ).images
+        for pipeline in (stock_pipeline(folder), from_single_file(file, folder, tmp_path))
+    ]
+
+    assert np.isfinite(pictures[0]).all()
+    assert pictures[0].std() > 0.05, "a picture, not one colour"
+    assert np.array_equal(*pictures)
 
 
 # Names and dimensions that the authors' published files have.
@@ -141,6 +185,30 @@ def test_what_stock_diffusers_takes_the_file_for(
                 "conditioner.embedders.1.model.text_projection": 2,
                 "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": 2,
                 "conditioner.embedders.1.model.transformer.resblocks.2.mlp.c_proj.bias": 1,
+            },
+        ),
+        (
+            "sd1",
+            {
+                "model.diffusion_model.input_blocks.1.1.proj_in.weight": 4,
+                "model.diffusion_model.input_blocks.11.0.out_layers.3.weight": 4,
+                "model.diffusion_model.output_blocks.2.1.conv.weight": 4,
+                "model.diffusion_model.output_blocks.5.2.conv.weight": 4,
+                "model.diffusion_model.output_blocks.11.0.skip_connection.weight": 4,
+                "first_stage_model.decoder.mid.attn_1.proj_out.weight": 4,
+                "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": 2,
+            },
+        ),
+        (
+            "sd2",
+            {
+                "model.diffusion_model.input_blocks.2.1.proj_in.weight": 2,
+                "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": 2,
+                "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.ff.net.2.bias": 1,
+                "cond_stage_model.model.positional_embedding": 2,
+                "cond_stage_model.model.token_embedding.weight": 2,
+                "cond_stage_model.model.ln_final.weight": 1,
+                "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias": 1,
             },
         ),
     ],
