@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.support.original_ldm import autoencoder, hugging_face_clip, open_clip, unet
+from tests.support.original_sd3 import clip_l, t5, transformer
 
 Tensors = dict[str, torch.Tensor]
 Config = Mapping[str, Any]
@@ -38,6 +39,13 @@ _SD1: Layout = {
     "text_encoder": ("cond_stage_model.transformer.", hugging_face_clip),
 }
 _SD2: Layout = {**_SD1, "text_encoder": ("cond_stage_model.model.", open_clip)}
+_SD3: Layout = {
+    "transformer": ("model.diffusion_model.", transformer),
+    "vae": ("first_stage_model.", autoencoder),
+    "text_encoder": ("text_encoders.clip_l.transformer.", clip_l),
+    "text_encoder_2": ("text_encoders.clip_g.transformer.", hugging_face_clip),
+    "text_encoder_3": ("text_encoders.t5xxl.transformer.", t5),
+}
 
 
 def write_single_file(
@@ -95,6 +103,8 @@ def _layout(folder: Path, pipeline: str) -> Layout:
         # Both versions are this one pipeline. Version 2 brought OpenCLIP and, with it, linear projections.
         config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         return _SD2 if config["use_linear_projection"] else _SD1
+    if pipeline == "StableDiffusion3Pipeline":
+        return _SD3
     raise ValueError(
         f"{folder} is a {pipeline}, and how its authors name its tensors is not known here."
     )

@@ -96,29 +96,43 @@ def write_small_sd_turbo(folder: Path, *, seed: int = 0) -> Path:
 
 
 def write_small_sd3(
-    folder: Path, *, seed: int = 0, with_t5: bool = True, is_3_5_medium: bool = False
+    folder: Path,
+    *,
+    seed: int = 0,
+    with_t5: bool = True,
+    is_3_5_medium: bool = False,
+    is_3_5_large: bool = False,
 ) -> Path:
-    """Stable Diffusion 3's arrangement; 3.5 Medium's has normalized queries and keys, and blocks that attend twice."""
+    """Stable Diffusion 3's arrangement, or one of 3.5's, which normalizes queries and keys.
+
+    3.5 Medium has blocks that attend twice; 3.5 Large has 38 blocks, and they are what it is recognized by.
+    """
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         in_channels=16,
         out_channels=16,
-        num_layers=2,
+        num_layers=38 if is_3_5_large else 2,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=128,
         caption_projection_dim=32,
         pooled_projection_dim=96,
         pos_embed_max_size=12,
-        qk_norm="rms_norm" if is_3_5_medium else None,
+        qk_norm="rms_norm" if is_3_5_medium or is_3_5_large else None,
         dual_attention_layers=(0,) if is_3_5_medium else (),
     )
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
-        text_encoder=CLIPTextModelWithProjection(_clip(32)).eval(),
+        vae=_vae(
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=_without_projection(CLIPTextModelWithProjection(_clip(32)).eval()),
         tokenizer=_clip_tokenizer(folder),
         text_encoder_2=CLIPTextModelWithProjection(_clip(64)).eval(),
         tokenizer_2=_clip_tokenizer(folder),
@@ -181,6 +195,12 @@ def _clip(width: int, **config: Any) -> CLIPTextConfig:
         projection_dim=width,
         **{**small, **config},
     )
+
+
+def _without_projection(model: CLIPTextModelWithProjection) -> CLIPTextModelWithProjection:
+    """As Stable Diffusion 3 has its smaller CLIP: the class has a projection, and it changes nothing."""
+    torch.nn.init.eye_(model.text_projection.weight)
+    return model
 
 
 def _clip_tokenizer(folder: Path) -> Any:
