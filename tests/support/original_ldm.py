@@ -79,7 +79,7 @@ def _unet_name(name: str, config: Config) -> str:
         module,
     )
     if found is None:
-        raise _no_place(name)
+        raise no_place(name)
     way, level, part, index, inner = found[1], int(found[2]), found[3], int(found[4]), found[5]
     layers = config["layers_per_block"]
     # A level is layers + 1 blocks: downwards the last is the downsampler, and a first convolution goes before them all;
@@ -126,7 +126,7 @@ def _vae_name(name: str, levels: int) -> str:
     if found := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(downsample|upsample)rs\.0\.conv", rest):
         level = _vae_level(found[1], int(found[2]), levels)
         return f"{side}.{found[1]}.{level}.{found[3]}.conv.{kind}"
-    raise _no_place(name)
+    raise no_place(name)
 
 
 def _vae_level(way: str, level: int, levels: int) -> int:
@@ -156,7 +156,7 @@ def open_clip(tensors: Tensors, config: Config) -> Tensors:
             continue
         found = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if found is None:
-            raise _no_place(name)
+            raise no_place(name)
         block, inner, kind = f"transformer.resblocks.{found[1]}", found[2], found[3]
         if part := re.fullmatch(r"self_attn\.([qkv])_proj", inner):
             joined.setdefault(f"{block}.attn.in_proj_{kind}", {})[part[1]] = tensor
@@ -169,9 +169,10 @@ def open_clip(tensors: Tensors, config: Config) -> Tensors:
 
 def _known(part: str, names: Mapping[str, str], whole: str) -> str:
     if part not in names:
-        raise _no_place(whole)
+        raise no_place(whole)
     return names[part]
 
 
-def _no_place(name: str) -> ValueError:
+def no_place(name: str) -> ValueError:
+    """What to raise for a tensor that the original layout has no name for."""
     return ValueError(f"The tensor {name} has no place in the layout of the original checkpoints.")

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.support.original_ldm import autoencoder, hugging_face_clip, open_clip, unet
+from tests.support.original_sd3 import clip_l, t5, transformer
 
 Tensors = dict[str, torch.Tensor]
 Config = Mapping[str, Any]
@@ -31,6 +32,19 @@ _SDXL: Layout = {
     "vae": ("first_stage_model.", autoencoder),
     "text_encoder": ("conditioner.embedders.0.transformer.", hugging_face_clip),
     "text_encoder_2": ("conditioner.embedders.1.model.", open_clip),
+}
+_SD1: Layout = {
+    "unet": ("model.diffusion_model.", unet),
+    "vae": ("first_stage_model.", autoencoder),
+    "text_encoder": ("cond_stage_model.transformer.", hugging_face_clip),
+}
+_SD2: Layout = {**_SD1, "text_encoder": ("cond_stage_model.model.", open_clip)}
+_SD3: Layout = {
+    "transformer": ("model.diffusion_model.", transformer),
+    "vae": ("first_stage_model.", autoencoder),
+    "text_encoder": ("text_encoders.clip_l.transformer.", clip_l),
+    "text_encoder_2": ("text_encoders.clip_g.transformer.", hugging_face_clip),
+    "text_encoder_3": ("text_encoders.t5xxl.transformer.", t5),
 }
 
 
@@ -85,6 +99,12 @@ def read_weights(folder: Path) -> Tensors:
 def _layout(folder: Path, pipeline: str) -> Layout:
     if pipeline == "StableDiffusionXLPipeline":
         return _SDXL
+    if pipeline == "StableDiffusionPipeline":
+        # Both versions are this one pipeline. Version 2 brought OpenCLIP and, with it, linear projections.
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        return _SD2 if config["use_linear_projection"] else _SD1
+    if pipeline == "StableDiffusion3Pipeline":
+        return _SD3
     raise ValueError(
         f"{folder} is a {pipeline}, and how its authors name its tensors is not known here."
     )

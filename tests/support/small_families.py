@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -31,6 +33,42 @@ from transformers import (
 
 from demo.small_tokenizer import END, START, vocabulary, write_tokenizer
 from diffusion.families import ARCHITECTURES
+
+
+def write_small_sd1(folder: Path, *, seed: int = 0) -> Path:
+    """Stable Diffusion 1.5's arrangement: its levels and layers, narrow, and PNDM; no safety checker."""
+    torch.manual_seed(seed)
+    unet = _full_unet(attention_head_dim=2, cross_attention_dim=32)
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    return _write_stable_diffusion(folder, unet, _clip(32), scheduler)
+
+
+def write_small_sd2(folder: Path, *, seed: int = 0) -> Path:
+    """Stable Diffusion 2.1's arrangement: its levels and layers, narrow, DDIM and v-prediction.
+
+    40 MB: what it attends to is 1024 wide, as the real one's is, for this is what it is recognized by.
+    """
+    torch.manual_seed(seed)
+    unet = _full_unet(
+        attention_head_dim=(2, 4, 4, 4), cross_attention_dim=1024, use_linear_projection=True
+    )
+    text = _clip(1024, num_hidden_layers=2, intermediate_size=64, hidden_act="gelu")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    return _write_stable_diffusion(folder, unet, text, scheduler)
 
 
 def write_small_sd_turbo(folder: Path, *, seed: int = 0) -> Path:
@@ -54,44 +92,47 @@ def write_small_sd_turbo(folder: Path, *, seed: int = 0) -> Path:
         timestep_spacing="trailing",
         steps_offset=1,
     )
-    pipeline = StableDiffusionPipeline(
-        vae=_vae(latent_channels=4, scaling_factor=0.18215),
-        text_encoder=CLIPTextModel(_clip(32)).eval(),
-        tokenizer=_clip_tokenizer(folder),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+    return _write_stable_diffusion(folder, unet, _clip(32), scheduler)
 
 
 def write_small_sd3(
-    folder: Path, *, seed: int = 0, with_t5: bool = True, is_3_5_medium: bool = False
+    folder: Path,
+    *,
+    seed: int = 0,
+    with_t5: bool = True,
+    is_3_5_medium: bool = False,
+    is_3_5_large: bool = False,
 ) -> Path:
-    """Stable Diffusion 3's arrangement; 3.5 Medium's has normalized queries and keys, and blocks that attend twice."""
+    """Stable Diffusion 3's arrangement, or one of 3.5's, which normalizes queries and keys.
+
+    3.5 Medium has blocks that attend twice; 3.5 Large has 38 blocks, and they are what it is recognized by.
+    """
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         in_channels=16,
         out_channels=16,
-        num_layers=2,
+        num_layers=38 if is_3_5_large else 2,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=128,
         caption_projection_dim=32,
         pooled_projection_dim=96,
         pos_embed_max_size=12,
-        qk_norm="rms_norm" if is_3_5_medium else None,
+        qk_norm="rms_norm" if is_3_5_medium or is_3_5_large else None,
         dual_attention_layers=(0,) if is_3_5_medium else (),
     )
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
-        text_encoder=CLIPTextModelWithProjection(_clip(32)).eval(),
+        vae=_vae(
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=_without_projection(CLIPTextModelWithProjection(_clip(32)).eval()),
         tokenizer=_clip_tokenizer(folder),
         text_encoder_2=CLIPTextModelWithProjection(_clip(64)).eval(),
         tokenizer_2=_clip_tokenizer(folder),
@@ -114,19 +155,52 @@ def stock_pipeline(folder: Path, **options: Any) -> Any:
     return pipeline
 
 
-def _clip(width: int) -> CLIPTextConfig:
+def _write_stable_diffusion(
+    folder: Path, unet: UNet2DConditionModel, text: CLIPTextConfig, scheduler: Any
+) -> Path:
+    pipeline = StableDiffusionPipeline(
+        vae=_vae(latent_channels=4, scaling_factor=0.18215),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=_clip_tokenizer(folder),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _full_unet(**config: Any) -> UNet2DConditionModel:
+    """Four levels of two layers, as all of Stable Diffusion 1 and 2 has."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32, 32, 32),
+        layers_per_block=2,
+        norm_num_groups=8,
+        **config,
+    )
+
+
+def _clip(width: int, **config: Any) -> CLIPTextConfig:
     tokens, _ = vocabulary()
+    small = {"intermediate_size": 2 * width, "num_hidden_layers": 3, "num_attention_heads": 2}
     return CLIPTextConfig(
         vocab_size=len(tokens),
         bos_token_id=tokens[START],
         eos_token_id=tokens[END],
         pad_token_id=tokens[END],
         hidden_size=width,
-        intermediate_size=2 * width,
         projection_dim=width,
-        num_hidden_layers=3,
-        num_attention_heads=2,
+        **{**small, **config},
     )
+
+
+def _without_projection(model: CLIPTextModelWithProjection) -> CLIPTextModelWithProjection:
+    """As Stable Diffusion 3 has its smaller CLIP: the class has a projection, and it changes nothing."""
+    torch.nn.init.eye_(model.text_projection.weight)
+    return model
 
 
 def _clip_tokenizer(folder: Path) -> Any:
