@@ -25,7 +25,7 @@ from tests.preparation.conftest import BASE, LIGHTNING, Prepare
 from tests.preparation.test_lora import deltas, picture, saved, weights_of
 from tests.support.hub import LoopbackHub
 from tests.support.single_files import write_single_file
-from tests.support.small_families import write_small_sd3
+from tests.support.small_families import write_small_sd1, write_small_sd2, write_small_sd3
 from weights import Bucket, open_model
 
 PROMPT = "a golden fox over the castle"
@@ -51,11 +51,11 @@ KNOWN = [
     Known(BASE, small_sdxl),
     Known(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        lambda folder, seed: write_small_sd3(folder, seed=seed),
+        lambda folder, seed: write_small_sd1(folder, seed=seed),
     ),
     Known(
         "stabilityai/stable-diffusion-2-1",
-        lambda folder, seed: write_small_sd3(folder, seed=seed),
+        lambda folder, seed: write_small_sd2(folder, seed=seed),
     ),
     Known(
         "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -66,6 +66,10 @@ KNOWN = [
         "stabilityai/stable-diffusion-3.5-medium",
         lambda folder, seed: write_small_sd3(folder, seed=seed, is_3_5_medium=True),
         named=True,
+    ),
+    Known(
+        "stabilityai/stable-diffusion-3.5-large",
+        lambda folder, seed: write_small_sd3(folder, seed=seed, is_3_5_large=True),
     ),
 ]
 
@@ -82,6 +86,12 @@ def stock(file: Path, configs: Path, **options: Any) -> Any:
         file, config=str(configs), local_files_only=True, **options
     )
     pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # it leaves T5's dropout on
+            part.requires_grad_(
+                False
+            )  # torch multiplies batches with other rounding where weights ask for gradients
     return pipeline
 
 
