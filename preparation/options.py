@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
 from diffusion.recipe import SDXL, Dtype, Source, lightning_recipe
-from preparation.convert import SHARD_LIMIT, TORCH_NAMES
+from preparation.convert import TORCH_NAMES
 from preparation.errors import UsageError
 from preparation.folder import LocalFolder
 from preparation.hub import Hub, HubRepo, is_repo_id
@@ -30,13 +30,13 @@ _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 @dataclass(frozen=True)
 class Options:
-    """The default is: as the source has it, in shards that caches in front of S3 keep."""
+    """The default is: as the source has it, in shards that caches in front of S3 keep (`max_shard_size`, in bytes)."""
 
     loras: tuple[LoraName, ...] = ()
     lightning_steps: LightningSteps | None = None
     vae: str | None = None
     dtype: Dtype | None = None
-    max_shard_size: int = SHARD_LIMIT
+    max_shard_size: int | None = None
 
     def recorded(self) -> dict[str, Any]:
         """What was asked for beyond the default, as it may be published."""
@@ -45,7 +45,7 @@ class Options:
             "lightning_steps": self.lightning_steps,
             "vae": self.vae and public_name(self.vae),
             "dtype": self.dtype,
-            "max_shard_size": self.max_shard_size if self.max_shard_size != SHARD_LIMIT else None,
+            "max_shard_size": self.max_shard_size,
         }
         return {name: value for name, value in asked.items() if value}
 
@@ -66,7 +66,8 @@ def altered(plan: Plan, options: Options, hub: Hub) -> Plan:
 
     Raises UsageError where that is not possible; what is named is looked up, and nothing large is downloaded.
     """
-    plan = replace(plan, shard_limit=options.max_shard_size)
+    if options.max_shard_size is not None:
+        plan = replace(plan, shard_limit=options.max_shard_size)
     if options.lightning_steps is not None:
         plan = _few_steps(plan, options.lightning_steps, hub)
     for name in options.loras:

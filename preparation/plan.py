@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusion.errors import ModelError
@@ -153,6 +153,12 @@ def plan_mirror(
         recipe=recipe,
         recipe_is_given=given is not None,
     )
+
+
+def as_split(plan: Plan) -> Plan:
+    """The plan with weight files left as they were split, whatever their size."""
+    largest = max(size for component in plan.components for size in component.sizes)
+    return replace(plan, shard_limit=max(plan.shard_limit, largest))
 
 
 def _select(origin: Origin, index: Mapping[str, Any], patterns: Patterns) -> Selection:

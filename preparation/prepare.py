@@ -25,7 +25,7 @@ from preparation.lock import claim
 from preparation.lora import on_this_disk
 from preparation.options import Options, altered, open_place
 from preparation.patterns import EVERYTHING, Patterns
-from preparation.plan import Plan, plan_mirror
+from preparation.plan import Plan, as_split, plan_mirror
 from preparation.progress import Progress
 from preparation.provenance import asked_of, tools
 from preparation.s3_origin import open_s3
@@ -194,7 +194,7 @@ def _plan_from_bucket(origin: BucketOrigin, request: Request) -> Plan:
         recipe = Recipe.model_validate(origin.recipe)
     except ModelError as error:
         raise UsageError(f"{origin.label}: {error}") from error
-    return plan_mirror(origin, recipe.source, request.jobs, request.patterns, recipe)
+    return as_split(plan_mirror(origin, recipe.source, request.jobs, request.patterns, recipe))
 
 
 def check_bucket(bucket: Bucket, model_path: str) -> str | None:

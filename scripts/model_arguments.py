@@ -164,9 +164,9 @@ def _add_conversions(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-shard-size",
         type=_size,
-        default=preparation.Options().max_shard_size,
         metavar="SIZE",
-        help="split weight files over this size (default: 960MB, which caches in front of S3 keep)",
+        help="split weight files over this size (default: 960MB, which caches in front of S3 keep; a published model's "
+        "stay as they are)",
     )
 
 

@@ -10,6 +10,9 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from preparation import Options, UsageError, parse_size
+from preparation.assemble import is_rewritten
+from preparation.folder import LocalFolder
+from preparation.plan import as_split, plan_mirror
 from tests.preparation.conftest import FINETUNE, VAE, Models, Prepare
 from tests.support.hub import LoopbackHub
 from tests.support.small_families import write_small_sd3
@@ -115,6 +118,15 @@ def test_files_over_the_wanted_size_are_split(
     assert len(shards) > 3
     assert all(shard.stat().st_size <= 2_100_000 for shard in shards)
     StableDiffusionXLPipeline.from_pretrained(prepared.folder)
+
+
+def test_files_of_a_published_model_stay_as_they_were_split(models: Models) -> None:
+    listed = LocalFolder.open(models.full)
+    plan = plan_mirror(LocalFolder(listed.root, {**listed.files, UNET: 2_000_000_000}), None, 1)
+    unet = next(component for component in plan.components if component.name == "unet")
+
+    assert is_rewritten(unet, plan)
+    assert not is_rewritten(unet, as_split(plan))
 
 
 @pytest.mark.parametrize(
