@@ -175,6 +175,8 @@ def _show(
         document = _show_publication(arguments, request, found, settings, progress)
     else:
         say(describe_folder(plan))
+        if arguments.prune:
+            say("Which versions --prune would delete is known once the model has been prepared.")
         variables = environment(settings, arguments.bucket, request.model_path)
         document = plan_document(plan, arguments.bucket, request.model_path, variables)
     say("Dry run: nothing was written to the bucket.")
