@@ -69,7 +69,8 @@ def parse_source(text: str, *, named: bool) -> SourceName:
     if colon and is_repo_id(repo) and not here.exists():
         _check_suffix(text, file)
         return SourceName(SourceKind.HUB_FILE, text, repo=repo, file=file)
-    if here.is_file() or (text.endswith(SUFFIX) and not here.is_dir()):
+    is_weights = text.endswith(SUFFIX) or (is_pickle(text) and not is_repo_id(text))
+    if here.is_file() or (is_weights and not here.is_dir()):
         _check_suffix(text, text)
         return SourceName(SourceKind.FILE, text)
     if is_repo_id(text) and not (named and here.is_dir()):

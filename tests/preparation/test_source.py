@@ -43,6 +43,7 @@ def test_source_is_taken_apart(text: str, expected: tuple[SourceKind, str, str])
         ("s3://models/a\\b", r"its folder 'a\\\\b' must not contain"),
         ("s3://models/a.safetensors", "of a bucket a whole folder is read. Download the file"),
         ("someone/model:model.ckpt", "model.ckpt is a pickle, which can run any code"),
+        ("./model.ckpt", "model.ckpt is a pickle"),
         ("someone/model:model.onnx", "only checkpoints in safetensors"),
     ],
 )
