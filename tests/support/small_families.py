@@ -52,7 +52,7 @@ def write_small_sd1(folder: Path, *, seed: int = 0) -> Path:
 def write_small_sd2(folder: Path, *, seed: int = 0) -> Path:
     """Stable Diffusion 2.1's arrangement: its levels and layers, narrow, DDIM and v-prediction.
 
-    40 MB: what it attends to is 1024 wide, as the real one's is, for this is what it is recognized by.
+    46 MB: what it attends to is 1024 wide, as the real one's is, for this is what it is recognized by.
     """
     torch.manual_seed(seed)
     unet = _full_unet(
