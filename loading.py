@@ -11,11 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import DiffusionError
 from diffusion.recipe import Recipe
+from settings import SettingsError
 from weights import (
     Bucket,
     LandedTensor,
@@ -25,7 +27,8 @@ from weights import (
     WeightsError,
     open_model,
 )
-from weights.latest import LatestWatch
+from weights.latest import LatestWatch, ask_once
+from weights.manifest import LATEST_NAME
 from weights.waterfall import ColdStart
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ def load(settings: RunnerSettings, cold_start: ColdStart, meanwhile: Callable[[]
     `meanwhile` is called once the bytes are on their way, for what else has to be done. A model that is replaced while
     it is read is begun anew, from what is there then. Raises WeightsError or DiffusionError.
     """
-    bucket = Bucket(settings, settings.model_bucket)
+    bucket = None if settings.model_bucket is None else Bucket(settings, settings.model_bucket)
     for attempt in range(1, TIMES_TO_BEGIN + 1):
         try:
             return _load(bucket, settings, cold_start, meanwhile)
@@ -58,13 +61,13 @@ def load(settings: RunnerSettings, cold_start: ColdStart, meanwhile: Callable[[]
 
 
 def _load(
-    bucket: Bucket,
+    bucket: Bucket | None,
     settings: RunnerSettings,
     cold_start: ColdStart,
     meanwhile: Callable[[], None],
 ) -> Engine:
     expects_card = _expects_card(settings)
-    options = read_options(settings, to_card=expects_card)
+    options = replace(read_options(settings, to_card=expects_card), folder=settings.model_folder)
     with contextlib.ExitStack() as open_things:
         with cold_start.phase("manifest"):
             stream = open_things.enter_context(
@@ -78,9 +81,47 @@ def _load(
             )
         with cold_start.phase("clients", after=("manifest",)):
             meanwhile()
+        if stream.snapshot.folder and bucket and settings.model_version is None:
+            _compare_beside(bucket, stream, settings)
         engine = _build_engine(stream, settings, cold_start, open_things)
         _note_bytes(cold_start, stream, stream.counters())
     return engine
+
+
+def _compare_beside(bucket: Bucket, stream: ModelStream, settings: RunnerSettings) -> None:
+    """Say whether the bucket has another version than the folder, on a thread that nobody waits for."""
+    served, folder, model_path = stream.version, stream.source, settings.model_path
+
+    def compare() -> None:
+        try:
+            published = ask_once(bucket, model_path)
+        except (WeightsError, SettingsError) as error:
+            logger.info(
+                "serving version %s from %s, which may not be the published one any more: %s",
+                served,
+                folder,
+                error,
+            )
+            return
+        if published == served:
+            return
+        if settings.refresh_seconds is not None:
+            advice = "MODEL_REFRESH_SECONDS will have it taken over"
+        else:
+            advice = (
+                "Pull it and build the image anew to have that one in it. Until then MODEL_VERSION reads it from the "
+                "bucket at the next start, and MODEL_REFRESH_SECONDS takes it over while serving"
+            )
+        logger.warning(
+            "serving version %s from %s, while %s names version %s. %s",
+            served,
+            folder,
+            bucket.url(f"{model_path}/{LATEST_NAME}"),
+            published,
+            advice,
+        )
+
+    threading.Thread(target=compare, name="latest", daemon=True).start()
 
 
 def read_options(settings: RunnerSettings, *, to_card: bool = False) -> ReadOptions:
@@ -111,7 +152,9 @@ def _build_engine(
 ) -> Engine:
     """From bytes on the wire to an engine ready to generate."""
     size = stream.total_bytes / 1e9
-    logger.info("loading %s %s, %.2f GB", settings.model_path, stream.version, size)
+    logger.info(
+        "loading %s %s, %.2f GB, from %s", settings.model_path, stream.version, size, stream.source
+    )
     began = time.monotonic()
     # The heavy imports, seconds of them, while the bytes flow. With torch alone a card can take the first ones.
     from diffusion.device import choose_device, choose_dtype
@@ -180,6 +223,7 @@ def _note_bytes(cold_start: ColdStart, stream: ModelStream, counters: dict[str, 
         stream.started + seconds,
         after=("manifest",),
         bytes=int(counters["landed_bytes"]),
+        source=stream.source,
     )
     # Hashing runs within the bytes' time, on as many cores as read: its seconds are the processors'.
     cold_start.add(
@@ -227,6 +271,7 @@ class Refresher:
         self._engine = engine
         self._seconds = seconds
         self._stopped = threading.Event()
+        assert settings.model_bucket is not None  # noqa: S101 - the settings see to it
         self._bucket = Bucket(settings, settings.model_bucket)
         self._watch = LatestWatch(self._bucket, settings.model_path)
         self._refused: str | None = None

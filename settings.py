@@ -21,13 +21,18 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 DAY = 24 * 60 * 60
 AWS_LONGEST_URL_LIFETIME = 7 * DAY  # SigV4 query signatures: X-Amz-Expires is at most 604800
 TIGRIS_LONGEST_URL_LIFETIME = 90 * DAY
 TIGRIS_HOSTS = ("storage.dev", "tigris.dev")
+# Beside the code, which is where a container image has it too: what `pull --to model` leaves needs no variable.
+BAKED_FOLDER = Path(__file__).parent / "model"
 
 
 class SettingsError(Exception):
@@ -141,6 +146,15 @@ class StorageSettings(BaseModel):
         "path",
         default="auto",
     )
+
+    def plain_storage(self) -> dict[str, str]:
+        """What is set of the storage's own fields, as plain values, secrets included: for another process."""
+        values = {name: getattr(self, name) for name in StorageSettings.model_fields}
+        return {
+            name: value.get_secret_value() if isinstance(value, SecretStr) else value
+            for name, value in values.items()
+            if value is not None
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> StorageSettings:
@@ -281,8 +295,18 @@ class RunnerSettings(StorageSettings):
         "the model's folder in the bucket, as published by scripts/prepare_model.py",
         "ByteDance/SDXL-Lightning",
     )
-    model_bucket: BucketName = _variable(
-        "MODEL_BUCKET_NAME", "the private bucket that holds the models", "model-storage"
+    model_folder: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+        "MODEL_FOLDER",
+        "a folder that `python -m weights pull` has left the model in, to be read instead of the bucket",
+        "/src/model",
+        default_factory=lambda: BAKED_FOLDER if BAKED_FOLDER.is_dir() else None,
+    )
+    model_bucket: BucketName | None = _variable(
+        "MODEL_BUCKET_NAME",
+        "the private bucket that holds the models",
+        "model-storage",
+        default=None,
+        validate_default=True,
     )
     image_bucket: BucketName = _variable(
         "PUBLIC_BUCKET_NAME", "the bucket that receives the generated images", "generated-images"
@@ -368,6 +392,22 @@ class RunnerSettings(StorageSettings):
         "/var/log/cold-start",
         default=None,
     )
+
+    @field_validator("model_bucket")
+    @classmethod
+    def _read_from_somewhere(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("model_folder", ...) is None:
+            raise PydanticCustomError("missing", "is missing")
+        return value
+
+    @model_validator(mode="after")
+    def _no_refresh_without_a_bucket(self) -> RunnerSettings:
+        if self.refresh_seconds is not None and self.model_bucket is None:
+            raise ValueError(
+                "MODEL_REFRESH_SECONDS asks a bucket for other versions, and MODEL_BUCKET_NAME names none: set it, "
+                "or unset MODEL_REFRESH_SECONDS."
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_refresh_of_a_pinned_version(self) -> RunnerSettings:

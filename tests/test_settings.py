@@ -1,9 +1,13 @@
 """What a person sees when the environment is wrong, and what never shows."""
 
+from pathlib import Path
+
 import pytest
 
+import settings as settings_module
 from settings import (
     SettingsError,
+    StorageSettings,
     load_runner_settings,
     load_source_settings,
     load_storage_settings,
@@ -68,6 +72,7 @@ def test_every_missing_variable_is_named_at_once_with_purpose_and_example():
         ("DEVICE", "tpu", "'cuda'"),
         ("MODEL_READ_CONNECTIONS", "0", "greater than or equal to 1"),
         ("S3_ADDRESSING_STYLE", "dns", "'path'"),
+        ("MODEL_FOLDER", "model", "absolute path"),
     ],
 )
 def test_a_malformed_variable_is_named_with_what_is_wrong_and_an_example(name, value, hint):
@@ -77,6 +82,38 @@ def test_a_malformed_variable_is_named_with_what_is_wrong_and_an_example(name, v
     assert name in line
     assert hint in line
     assert f"Example: {name}=" in line
+
+
+def without_a_model_bucket(**changes: str) -> dict[str, str]:
+    return {name: COMPLETE[name] for name in COMPLETE if name != "MODEL_BUCKET_NAME"} | changes
+
+
+def test_a_folder_beside_the_code_is_where_a_baked_model_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings_module, "BAKED_FOLDER", tmp_path / "model")
+    assert load_runner_settings(COMPLETE).model_folder is None
+    with pytest.raises(SettingsError, match="MODEL_BUCKET_NAME is missing"):
+        load_runner_settings(without_a_model_bucket())
+
+    (tmp_path / "model").mkdir()
+
+    assert load_runner_settings(COMPLETE).model_folder == tmp_path / "model"
+    assert load_runner_settings(without_a_model_bucket()).model_bucket is None
+    elsewhere = load_runner_settings(COMPLETE | {"MODEL_FOLDER": "/elsewhere"})
+    assert elsewhere.model_folder == Path("/elsewhere")
+
+
+def test_where_a_folder_is_named_no_bucket_need_be_but_for_refreshing():
+    assert load_runner_settings(without_a_model_bucket(MODEL_FOLDER="/x")).model_bucket is None
+    refreshing = without_a_model_bucket(MODEL_FOLDER="/x", MODEL_REFRESH_SECONDS="60")
+    with pytest.raises(SettingsError, match="MODEL_REFRESH_SECONDS asks a bucket"):
+        load_runner_settings(refreshing)
+
+
+def test_plain_storage_makes_the_same_storage_again():
+    settings = load_runner_settings(COMPLETE)
+    again = StorageSettings(**settings.plain_storage())
+    assert again == load_storage_settings(COMPLETE)
+    assert again.plain_storage()["secret_access_key"] == "tsec_hunter2"
 
 
 def test_half_a_keypair_is_refused():

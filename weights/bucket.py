@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from s3 import connect, content_md5, error_code, explain
 from weights.errors import BucketError
@@ -58,6 +58,26 @@ class Bucket:
         self._patience = patience
         self._settings = settings
         self._connections = connections
+
+    def as_plain(self) -> dict[str, Any]:
+        """Plain values that `from_plain` makes the same bucket of in another process, secrets included."""
+        return {
+            "name": self.name,
+            "patience": None if self._patience is None else asdict(self._patience),
+            "settings": self._settings.plain_storage(),
+        }
+
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> Bucket:
+        from settings import StorageSettings
+        from weights.transport import Patience
+
+        patience = values["patience"]
+        return Bucket(
+            StorageSettings(**values["settings"]),
+            values["name"],
+            patience=None if patience is None else Patience(**patience),
+        )
 
     @functools.cached_property
     def client(self) -> S3Client:

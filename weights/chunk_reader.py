@@ -19,7 +19,7 @@ class ChunkReader:
     def __init__(self, reader: ObjectReader, connections: int) -> None:
         self.stopped = threading.Event()
         self._memory = _OwnMemory()
-        self._route = Route(reader, self._memory, Counters())
+        self._route = Route(lambda: reader, self._memory, Counters())
         self._connections = connections
         self._flights: set[Flight] = set()
         self._lock = threading.Lock()

@@ -13,7 +13,8 @@ class Counters:
     total_bytes: int = 0  # to be read
     landed_bytes: int = 0  # verified, from wherever they came
     network_bytes: int = 0  # received, also those that had to be received again
-    cache_bytes: int = 0  # taken from this node's disk
+    cache_bytes: int = 0  # taken from the node's cache
+    folder_bytes: int = 0  # taken from a folder that the model was pulled to
     requests: int = 0
     retries: int = 0
     stalls: int = 0

@@ -21,6 +21,7 @@ from weights.pace import Pace
 
 if TYPE_CHECKING:
     from weights.cache import NodeCache
+    from weights.model_folder import ModelFolder
     from weights.objects import ObjectReader
 
 REQUEST_CHUNKS = 2  # in one request: 32 MiB, the most that TAG keeps of one range
@@ -38,19 +39,22 @@ HEDGES = 2  # at once: when all are slow, the wire is, and asking twice makes it
 class Fetcher:
     """Reads `files` into `sink` on threads of its own; `on_end` is called when that has ended, well or not.
 
+    `folder` is looked into first, then `cache`; `reader` is called for what neither has.
+
     Small files first, then every weight file's first chunk, which says what is in it; the rest of a file queues up in
     its order as soon as that has landed. Threads that would wait for it take a few chunks ahead of it.
     """
 
     def __init__(
         self,
-        reader: ObjectReader,
+        reader: Callable[[], ObjectReader],
         files: Iterable[SnapshotFile],
         sink: Sink,
         *,
         pace: Pace,
         verify: bool = True,
         cache: NodeCache | None = None,
+        folder: ModelFolder | None = None,
         ahead: int = AHEAD,
         on_end: Callable[[], None] | None = None,
     ) -> None:
@@ -60,7 +64,7 @@ class Fetcher:
         self._on_end = on_end
         self._changed = threading.Condition()
         self._stopped = threading.Event()
-        self._route = Route(reader, sink, self.counters, verify=verify, cache=cache)
+        self._route = Route(reader, sink, self.counters, verify=verify, cache=cache, folder=folder)
         self._route.following = self._following
         self._sink = sink
         self._waiting: deque[list[Chunk]] = deque()
@@ -113,7 +117,6 @@ class Fetcher:
                 if thread is not threading.current_thread() and thread.ident is not None:
                     thread.join()
             self._route.close()
-            self._route.reader.close()
 
     @property
     def complete(self) -> bool:

@@ -23,6 +23,7 @@ from weights.transport import CertificateError, Connection, StalledError, Transp
 if TYPE_CHECKING:
     from weights.cache import CachedFile, NodeCache
     from weights.counters import Counters
+    from weights.model_folder import FolderFile, ModelFolder
     from weights.objects import ObjectReader
 
 ATTEMPTS = 6  # without getting on
@@ -54,29 +55,60 @@ class Sink(Protocol):
         """The calling thread reads no more."""
 
 
+class LocalFile(Protocol):
+    """A file on this machine's disk, whose chunks may be here, and may be right."""
+
+    def has(self, index: int) -> bool:
+        """Whether to try and read the chunk here."""
+
+    def read_at(self, index: int, offset: int, into: memoryview) -> int:
+        """Read some of the chunk's bytes from `offset` on; how many, 0 where there are none to be had."""
+
+    def forget(self, index: int) -> None:
+        """The chunk's bytes were not the right ones."""
+
+
 class Route:
-    """What all flights of one load share: whom to ask, where bytes go, and what has been seen of each object."""
+    """What all flights of one load share: whom to ask, where bytes go, and what has been seen of each object.
+
+    With a folder, `reader` is called when the bucket is first needed: where all of the model lies there, never.
+    """
 
     def __init__(
         self,
-        reader: ObjectReader,
+        reader: Callable[[], ObjectReader],
         sink: Sink,
         counters: Counters,
         *,
         verify: bool = True,
         cache: NodeCache | None = None,
+        folder: ModelFolder | None = None,
     ) -> None:
-        self.reader = reader
+        self._find_reader = reader
+        self._reader = None if folder else reader()
         self.sink = sink
         self.counters = counters
         self.verify = verify
         # Where a server ignores ranges, what follows in the same answer is taken too. Set by the fetcher.
         self.following: Callable[[Chunk], list[Chunk]] = lambda _chunk: []
+        self._folder = folder
         self._cache = cache
         self._cached: dict[str, CachedFile | None] = {}
         self._etags: dict[str, str] = {}
         self._wanted_since: dict[tuple[str, int], float] = {}
         self._lock = threading.Lock()
+
+    @property
+    def reader(self) -> ObjectReader:
+        """The bucket. Raises WeightsError or SettingsError where it cannot be asked."""
+        with self._lock:
+            if self._reader is None:
+                self._reader = self._find_reader()
+            return self._reader
+
+    def in_folder(self, file: SnapshotFile) -> FolderFile | None:
+        """The file in the folder that the model was pulled to; None where there is none."""
+        return None if self._folder is None or file.digests is None else self._folder.open(file)
 
     def cached(self, file: SnapshotFile) -> CachedFile | None:
         """The file in the node's cache; None where there is no cache, no room in it, or no name for the content."""
@@ -113,6 +145,10 @@ class Route:
                 if cached is not None:
                     cached.close()
             self._cached.clear()
+            if self._reader is not None:
+                self._reader.close()
+        if self._folder is not None:
+            self._folder.close()
 
 
 class _TakenOverError(Exception):
@@ -145,6 +181,7 @@ class Flight:
         self._route = route
         self._after = after
         self._file = chunks[0].file
+        self._cached: CachedFile | None = None  # once the cache has been looked into
         self._offset = 0  # bytes of the first chunk that are in the sink
         self._hasher = blake3()
         self._received = 0
@@ -160,7 +197,9 @@ class Flight:
         try:
             if self._after:
                 self._ended.wait(self._after)
-            self._look_into_cache()
+            self._look_into_folder()
+            if self.chunks:
+                self._look_into_cache()
             self._fetch()
         except _TakenOverError:
             pass
@@ -174,7 +213,7 @@ class Flight:
     @property
     def fills_the_cache(self) -> bool:
         """Whether all processes of this node wait for the same bytes, and read them once."""
-        return self._route.cached(self._file) is not None
+        return self._cached is not None
 
     def remaining_seconds(self, now: float) -> float:
         """What the chunk being read will still take, at the rate it has had so far."""
@@ -300,8 +339,7 @@ class Flight:
             count -= answer.read(scrap[:count])
 
     def _read_chunk(self, answer: RangeAnswer) -> None:
-        route, chunk = self._route, self._remaining()[0]
-        cached = route.cached(chunk.file)
+        route, chunk, cached = self._route, self._remaining()[0], self._cached
         hash_seconds = 0.0
         while self._offset < chunk.length:
             self.reading = False
@@ -356,12 +394,21 @@ class Flight:
             self.durations.append(now - self.since)
         self.since = now
 
+    def _look_into_folder(self) -> None:
+        """Land what the folder has that the model was pulled to."""
+        file = self._route.in_folder(self._file)
+        if file is None:
+            return
+        for chunk in list(self.chunks):
+            if self._land_from_disk(chunk, file):
+                self._route.counters.add(folder_bytes=chunk.length)
+
     def _look_into_cache(self) -> None:
-        """Land what this node's disk has, and leave to other processes what they are fetching already.
+        """Land what the node's cache has, and leave to other processes what they are fetching already.
 
         Of at most two neighbours any part that remains is still one range.
         """
-        cached = self._route.cached(self._file)
+        cached = self._cached = self._route.cached(self._file)
         if cached is None:
             return
         for chunk in list(self.chunks):
@@ -375,31 +422,39 @@ class Flight:
                 self.elsewhere.append(chunk)
 
     def _land_from_cache(self, chunk: Chunk, cached: CachedFile) -> bool:
-        if not cached.has(chunk.index):
+        if not self._land_from_disk(chunk, cached):
             return False
-        sink, offset, hasher = self._route.sink, 0, blake3()
+        self._route.counters.add(cache_bytes=chunk.length)
+        return True
+
+    def _land_from_disk(self, chunk: Chunk, file: LocalFile) -> bool:
+        """Whether the file had the chunk's bytes, and they were the right ones."""
+        if not file.has(chunk.index):
+            return False
+        sink, offset, hasher, hash_seconds = self._route.sink, 0, blake3(), 0.0
         while offset < chunk.length:
             if self._ended.is_set():
                 raise _TakenOverError
             room = sink.room(chunk, offset)[:HASH_STEP]
-            count = cached.read_at(chunk.index, offset, room)
+            count = file.read_at(chunk.index, offset, room)
             if not count:
                 break
+            started = time.perf_counter()
             hasher.update(room[:count])
+            hash_seconds += time.perf_counter() - started
             sink.filled(chunk, offset, count)
             offset += count
+        self._route.counters.add(hash_seconds=hash_seconds)
         if hasher.hexdigest() != chunk.digest:
-            cached.forget(chunk.index)
+            file.forget(chunk.index)
             return False
-        self._route.counters.add(cache_bytes=chunk.length)
         self._land(chunk, from_network=False)
         return True
 
     def _release_claims(self) -> None:
-        cached = self._route.cached(self._file)
-        if cached is not None:
+        if self._cached is not None:
             for chunk in self.chunks:
-                cached.release(chunk.index)
+                self._cached.release(chunk.index)
 
 
 class Hedge:

@@ -8,6 +8,18 @@ from weights.manifest import LATEST_NAME, parse_latest
 from weights.snapshot import LATEST_LIMIT
 
 
+def ask_once(bucket: Bucket, model_path: str) -> str:
+    """The published version, asked for without a second attempt: for whom it is good to know and no more.
+
+    Raises BucketError, also where there is no latest.json or it may not be read, and ManifestError for a broken one.
+    """
+    key = f"{model_path}/{LATEST_NAME}"
+    found = bucket.reader.get_if_changed(key, None, limit=LATEST_LIMIT, attempts=1)
+    if found is None:
+        raise BucketError(f"cannot read {bucket.url(key)}: the server says it has not changed")
+    return parse_latest(found.data, bucket.url(key))
+
+
 class LatestWatch:
     """Asks for one model's latest.json, conditionally. For one thread."""
 

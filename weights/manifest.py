@@ -29,6 +29,7 @@ FORMAT: Final = "lightning-in-a-bucket/manifest/1"
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest.json"
 RECIPE_DEPTH = 64  # levels; pydantic writes no more than 255, and json follows about 990
+PUBLISH_AGAIN = "Publish the model again"
 PROBLEM_LENGTH = 1000  # characters; what is wrong may be 64 MB long
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _VERSION = re.compile(r"[0-9a-f]{32}")
@@ -193,9 +194,9 @@ def dump_manifest(manifest: Manifest) -> bytes:
     return json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode() + b"\n"
 
 
-def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read a manifest that came from `where`. Raises ManifestError, naming what is wrong with it."""
-    return _validated(_json_object(data, where), where)
+def parse_manifest(data: bytes, where: str, *, advice: str = PUBLISH_AGAIN) -> Manifest:
+    """Read a manifest that came from `where`. Raises ManifestError: what is wrong with it, and `advice`."""
+    return _validated(_json_object(data, where, advice), where, advice)
 
 
 def dump_latest(version: str) -> bytes:
@@ -213,26 +214,24 @@ def parse_latest(data: bytes, where: str) -> str:
     return version
 
 
-def _json_object(data: bytes, where: str) -> dict[str, Any]:
+def _json_object(data: bytes, where: str, advice: str = PUBLISH_AGAIN) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(
-            f"{where} is not valid JSON ({error}). Publish the model again"
-        ) from None
+        raise ManifestError(f"{where} is not valid JSON ({error}). {advice}") from None
     if not isinstance(value, dict):
-        raise ManifestError(f"{where} is not a JSON object. Publish the model again")
+        raise ManifestError(f"{where} is not a JSON object. {advice}")
     return value
 
 
-def _validated(fields: Mapping[str, Any], where: str) -> Manifest:
+def _validated(fields: Mapping[str, Any], where: str, advice: str = PUBLISH_AGAIN) -> Manifest:
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
     problems = "; ".join(_problem(detail) for detail in details[:3])
     more = f"; and {len(details) - 3} more" if len(details) > 3 else ""
-    raise ManifestError(f"{where} is refused: {problems}{more}. Publish the model again") from None
+    raise ManifestError(f"{where} is refused: {problems}{more}. {advice}") from None
 
 
 def _problem(detail: Any) -> str:

@@ -149,6 +149,7 @@ class ObjectReader:
         etag: str | None,
         *,
         limit: int,
+        attempts: int = ATTEMPTS,
         wait: Callable[[float], object] | None = None,
     ) -> SmallObject | None:
         """A small object whole, or None when it still has `etag`. Raises what `get` raises.
@@ -157,11 +158,11 @@ class ObjectReader:
         """
         wait = wait or threading.Event().wait
         headers = {} if etag is None else {"If-None-Match": f'"{etag}"'}
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, attempts + 1):
             try:
                 return self._get_once(key, headers, limit)
             except TransportError as error:
-                if attempt == ATTEMPTS or isinstance(error, CertificateError):
+                if attempt == attempts or isinstance(error, CertificateError):
                     raise self.explained(key, error) from error
                 pause = pause_after(attempt, error, self.patience)
                 logger.warning("reading %s again in %.1f s: %s", self.url(key), pause, error)

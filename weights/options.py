@@ -24,6 +24,7 @@ class ReadOptions:
         ring_bytes: the memory between a reading process and this one.
         cache_folder: where this node keeps files between loads; None: nowhere.
         cache_bytes: how much may lie there; None: as much as the disk takes.
+        folder: where `pull` may have left the model, to be read instead of the bucket if it did; None: nowhere.
     """
 
     connections: int | None = None
@@ -33,3 +34,4 @@ class ReadOptions:
     ring_bytes: int = HOST_RING
     cache_folder: Path | None = None
     cache_bytes: int | None = None
+    folder: Path | None = None

@@ -25,6 +25,7 @@ from weights.errors import (
     WeightsError,
 )
 from weights.manifest import MANIFEST_NAME, dump_manifest, parse_manifest
+from weights.pulled import NOTE_NAME, Note, dump_note
 from weights.snapshot import Snapshot
 
 DEFAULT_CONNECTIONS = 16
@@ -97,10 +98,11 @@ def pull(
     connections: int = DEFAULT_CONNECTIONS,
     on_bytes: Progress | None = None,
 ) -> None:
-    """Write a version to `folder` as a plain diffusers folder, its manifest beside it, written last.
+    """Write a version to `folder` as a plain diffusers folder, with a note of which model it is and its manifest.
 
-    A file is written under a temporary name and takes its own once it is whole, verified and on the disk; files
-    that are there already and right are kept. Raises FolderError when the disk is full or refuses.
+    The manifest comes last: a folder without one is never taken for a model. A file is written under a temporary name
+    and takes its own once it is whole, verified and on the disk; files that are there already and right are kept.
+    Raises FolderError when the disk is full or refuses.
     """
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,8 +125,9 @@ def pull(
 
             reading.each(file.chunks(), fetch)
     if snapshot.manifest:
-        with _replacing(_target(folder, MANIFEST_NAME)) as descriptor:
-            _write_all(descriptor, memoryview(dump_manifest(snapshot.manifest)), 0)
+        note = Note(snapshot.model_path, snapshot.version, bucket.name)
+        _write_small(_target(folder, NOTE_NAME), dump_note(note))
+        _write_small(_target(folder, MANIFEST_NAME), dump_manifest(snapshot.manifest))
 
 
 def _target(folder: Path, path: str) -> Path:
@@ -188,6 +191,11 @@ def _replacing(target: Path) -> Iterator[int]:
         finally:
             os.close(descriptor)
             Path(name).unlink(missing_ok=True)
+
+
+def _write_small(target: Path, data: bytes) -> None:
+    with _replacing(target) as descriptor:
+        _write_all(descriptor, memoryview(data), 0)
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -18,6 +18,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from weights.chunks import Chunk, SnapshotFile
 from weights.endpoint import Endpoint
 from weights.errors import WeightsError
 from weights.fetch import AHEAD_OF_A_CARD, Fetcher
+from weights.model_folder import ModelFolder, no_bucket_beside
 from weights.objects import ObjectReader
 from weights.pace import Pace, first_connections
 from weights.ring import Ring, RingSink
@@ -98,6 +101,7 @@ def main(arguments: list[str]) -> None:
             if order["cache_folder"]
             else None
         )
+        folder = ModelFolder(Path(order["folder"])) if order["folder"] else None
         reader = _reader(order)
     except WeightsError as error:
         line.send(kind="failed", **_described(error))
@@ -122,10 +126,11 @@ def main(arguments: list[str]) -> None:
         pace=Pace(
             order["connections"],
             limit=max(1, ring.slots // 2),
-            first=first_connections(reader.secure),
+            first=first_connections(folder is None and reader().secure),
         ),
         verify=order["verify"],
         cache=cache,
+        folder=folder,
         ahead=AHEAD_OF_A_CARD,
     )
     threading.Thread(target=_listen, args=(line, sink), daemon=True).start()
@@ -154,8 +159,24 @@ def _entry(entry: dict[str, Any]) -> dict[str, Any]:
     return entry | {"digests": None if digests is None else tuple(digests)}
 
 
-def _reader(order: dict[str, Any]) -> ObjectReader:
-    keypair = order["credentials"]
+def _reader(order: dict[str, Any]) -> Callable[[], ObjectReader]:
+    """What makes the reader: of plain values alone, or with a folder, where it is hardly ever needed, of settings."""
+    if order["folder"]:
+        return partial(_reader_beside_a_folder, order["bucket"], Path(order["folder"]))
+    reader = _reader_of(order["reader"])
+    return lambda: reader
+
+
+def _reader_beside_a_folder(bucket: dict[str, Any] | None, folder: Path) -> ObjectReader:
+    if bucket is None:
+        raise no_bucket_beside(folder)
+    from weights.bucket import Bucket
+
+    return Bucket.from_plain(bucket).reader
+
+
+def _reader_of(values: dict[str, Any]) -> ObjectReader:
+    keypair = values["credentials"]
     if keypair is None:
         source = credentials_of(_NoKeypair())  # type: ignore[arg-type] # what it asks of settings
     else:
@@ -165,10 +186,10 @@ def _reader(order: dict[str, Any]) -> ObjectReader:
             return credentials
 
     return ObjectReader(
-        Endpoint(**order["endpoint"]),
-        Signer(source, order["region"]),
-        order["bucket"],
-        Patience(**order["patience"]),
+        Endpoint(**values["endpoint"]),
+        Signer(source, values["region"]),
+        values["bucket"],
+        Patience(**values["patience"]),
     )
 
 

@@ -21,6 +21,7 @@ from weights.landing import WeightFile, WholeFile
 from weights.ring import Ring
 
 if TYPE_CHECKING:
+    from weights.bucket import Bucket
     from weights.objects import ObjectReader
     from weights.options import ReadOptions
 
@@ -72,19 +73,23 @@ class ReadingProcess:
             theirs.close()
 
     def order(
-        self, reader: ObjectReader, files: Sequence[SnapshotFile], options: ReadOptions
+        self,
+        bucket: Bucket | None,
+        files: Sequence[SnapshotFile],
+        options: ReadOptions,
+        folder: Path | None,
     ) -> None:
-        """Tell the child what to read; it begins at once, as far as the ring reaches. Secrets go over the socket."""
+        """Tell the child what to read; it begins at once, as far as the ring reaches. Secrets go over the socket.
+
+        With a `folder`, the bucket is made there, and only if it is needed.
+        """
         self._files = list(files)
         self._chunks = [list(file.chunks()) for file in files]
-        keypair = reader.keypair
         self._send(
             {
-                "bucket": reader.bucket,
-                "endpoint": asdict(reader.endpoint),
-                "region": reader.signer.region,
-                "credentials": None if keypair is None else asdict(keypair),
-                "patience": asdict(reader.patience),
+                "reader": None if folder or bucket is None else _as_plain(bucket.reader),
+                "bucket": bucket.as_plain() if folder and bucket else None,
+                "folder": None if folder is None else str(folder),
                 "connections": options.connections,
                 "verify": options.verify,
                 "cache_folder": None if options.cache_folder is None else str(options.cache_folder),
@@ -192,3 +197,15 @@ class ReadingProcess:
             f"the process that reads the weights ended before its work was done ({how}). If the machine ran out of "
             "memory, give it more; what it wrote to standard error says more"
         )
+
+
+def _as_plain(reader: ObjectReader) -> dict[str, Any]:
+    """What the child makes the same reader of, without looking anything up again."""
+    keypair = reader.keypair
+    return {
+        "bucket": reader.bucket,
+        "endpoint": asdict(reader.endpoint),
+        "region": reader.signer.region,
+        "credentials": None if keypair is None else asdict(keypair),
+        "patience": asdict(reader.patience),
+    }

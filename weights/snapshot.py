@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from weights.bucket import Bucket, ObjectInfo
@@ -35,12 +36,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One readable version of a model. `manifest` is None for a bare folder, whose bytes cannot be verified."""
+    """One readable version of a model. `manifest` is None for a bare folder, whose bytes cannot be verified.
+
+    `folder` is where its files lie on this disk, to be read before the bucket is asked; None where they do not.
+    """
 
     model_path: str
     version: str
     files: tuple[SnapshotFile, ...]
     manifest: Manifest | None
+    folder: Path | None = None
 
     @property
     def recipe(self) -> Mapping[str, Any] | None:
@@ -65,15 +70,19 @@ def find_snapshot(bucket: Bucket, model_path: str, version: str | None = None) -
         version = read_latest(bucket, model_path)
     if version is None:
         return _bare_folder(bucket, model_path)
-    manifest = read_manifest(bucket, model_path, version)
-    folder = f"{model_path}/{version}"
+    return published_snapshot(model_path, read_manifest(bucket, model_path, version))
+
+
+def published_snapshot(model_path: str, manifest: Manifest, folder: Path | None = None) -> Snapshot:
+    """What a manifest describes, under the keys that it was published with."""
+    prefix = f"{model_path}/{manifest.version}"
     files = tuple(
         SnapshotFile(
-            entry.path, f"{folder}/{entry.path}", entry.size, entry.chunks, None, entry.sha256
+            entry.path, f"{prefix}/{entry.path}", entry.size, entry.chunks, None, entry.sha256
         )
         for entry in manifest.files
     )
-    return Snapshot(model_path, version, files, manifest)
+    return Snapshot(model_path, manifest.version, files, manifest, folder)
 
 
 def read_latest(bucket: Bucket, model_path: str) -> str | None:

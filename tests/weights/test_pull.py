@@ -37,6 +37,7 @@ def test_a_pulled_folder_is_the_published_one_and_its_manifest(bucket, model, pu
 
     pulled = contents(tmp_path / "out")
     assert pulled.pop("manifest.json")
+    assert pulled.pop(".pulled.json")
     assert pulled == contents(model)
 
 
@@ -103,6 +104,7 @@ def test_two_that_pull_into_one_folder_do_not_spoil_each_others_files(
 
     pulled = contents(tmp_path / "out")
     assert pulled.pop("manifest.json")
+    assert pulled.pop(".pulled.json")
     assert pulled == contents(model)
 
 
@@ -154,6 +156,7 @@ def test_pulling_another_version_leaves_nothing_of_the_one_before(bucket, own_mo
 
     pulled = contents(tmp_path / "out")
     assert pulled.pop("manifest.json")
+    assert pulled.pop(".pulled.json")
     assert pulled == contents(own_model)
 
 
