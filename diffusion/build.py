@@ -15,7 +15,6 @@ from torch import nn
 
 from diffusion.components import build_module, build_scheduler, build_tokenizer, parts_of
 from diffusion.errors import ModelError
-from diffusion.families import Architecture
 from diffusion.landing import LandedTensor, Landing, Problems
 from diffusion.recipe import Recipe, read_config
 
@@ -66,7 +65,7 @@ def build_pipeline(
         for name, tokenizer in architecture.tokenizers.items()
         if name in present
     }
-    _land(tensors, modules, architecture, device, dtype)
+    _land(tensors, modules, recipe, device, dtype)
 
     pipeline: DiffusionPipeline = getattr(diffusers, architecture.pipeline)(
         **dict.fromkeys(architecture.optional) | modules | tokenizers,
@@ -81,12 +80,12 @@ def build_pipeline(
 def _land(
     tensors: Iterable[LandedTensor],
     modules: Mapping[str, nn.Module],
-    architecture: Architecture,
+    recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
     landings = {
-        name: Landing(name, module, device=device, dtype=module_dtype(module, architecture, dtype))
+        name: Landing(name, module, device=device, dtype=module_dtype(module, recipe, dtype))
         for name, module in modules.items()
     }
     problems = Problems()
@@ -98,7 +97,7 @@ def _land(
         elif landed.path not in ignored:
             ignored.add(landed.path)
             logger.warning(
-                "Ignoring %s: it belongs to no part of a %s.", landed.path, architecture.pipeline
+                "Ignoring %s: it belongs to no part of a %s.", landed.path, recipe.pipeline
             )
         # Or its memory would outlive it by one turn, while the next tensor takes as much.
         del landed
@@ -108,12 +107,14 @@ def _land(
 
 
 def module_dtype(
-    module: nn.Module, architecture: Architecture, dtype: torch.dtype | None
+    module: nn.Module, recipe: Recipe, dtype: torch.dtype | None
 ) -> torch.dtype | None:
     """What a module's tensors become in a pipeline of `dtype`."""
+    if dtype != torch.float16 or not isinstance(module, AutoencoderKL):
+        return dtype
     # SDXL's own VAE overflows in float16 and says so. Stock diffusers casts it to float32 and back for every decode;
     # keeping it there costs 170 MB and nothing per image. From a float16 file it decodes to the same pixels; from a
-    # float32 one it keeps the bits that stock rounds away while loading.
-    if isinstance(module, AutoencoderKL) and architecture.upcasts_vae and dtype == torch.float16:
-        return torch.float32 if module.config.force_upcast else dtype
-    return dtype
+    # float32 one it keeps the bits that stock rounds away while loading. Other classes of pipeline do not heed the
+    # mark, which their VAEs all carry, being the default: for them it is the recipe that says so.
+    marked = recipe.architecture.upcasts_vae and module.config.force_upcast
+    return torch.float32 if marked or recipe.vae_overflows else dtype

@@ -18,7 +18,8 @@ from PIL import Image
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import NonFiniteError, OutOfMemoryError
 from diffusion.gate import Gate
-from diffusion.recipe import Recipe
+from diffusion.latents import unscaled
+from diffusion.recipe import SDXL, Recipe
 from diffusion.refresh import Staged, one_refresh_at_a_time, take_over
 from diffusion.request import GenerationRequest, Plan, plan
 from diffusion.turns import Turns
@@ -277,21 +278,11 @@ class Engine:
     def _decode(self, latents: torch.Tensor, seed: int) -> Image.Image:
         """The last part of the stock pipeline's call, with a look at the result before it becomes bytes."""
         vae = self._pipeline.vae
-        scaled = latents.to(vae.dtype)
-        mean, std = vae.config.latents_mean, vae.config.latents_std
-        if mean is not None and std is not None:
-            # In the order stock diffusers computes it, so that the rounding is the same.
-            shape = (1, -1, 1, 1)
-            scaled = scaled * scaled.new_tensor(std).view(shape) / vae.config.scaling_factor
-            scaled = scaled + scaled.new_tensor(mean).view(shape)
-        else:
-            scaled = scaled / vae.config.scaling_factor
-        if vae.config.shift_factor is not None:
-            scaled = scaled + vae.config.shift_factor
+        scaled = unscaled(latents.to(vae.dtype), vae.config)
         pixels = vae.decode(scaled, return_dict=False)[0]
         if not torch.isfinite(pixels).all():
-            upcasts = self.recipe.architecture.upcasts_vae
-            raise NonFiniteError(_explain_non_finite(latents, vae.dtype, seed, upcasts))
+            is_sdxl = self.recipe.pipeline == SDXL.pipeline
+            raise NonFiniteError(_explain_non_finite(latents, vae.dtype, seed, is_sdxl))
         image: Image.Image = self._pipeline.image_processor.postprocess(pixels, output_type="pil")[
             0
         ]
@@ -334,10 +325,12 @@ def _explain_non_finite(
             f"Denoising seed {seed} gave latents with NaN or infinity (in {latents.dtype}), which would decode to a "
             "black image. Run the model in bfloat16 or float32, and check the weights it was published from."
         )
-    fix = (
-        "SDXL's own VAE overflows in float16: publish the model with madebyollin/sdxl-vae-fp16-fix as its vae, or "
-        "run it in bfloat16"
-        if vae_dtype == torch.float16 and is_sdxl
-        else "Check the VAE the model was published with"
-    )
+    fix = "Check the VAE the model was published with"
+    if vae_dtype == torch.float16:
+        other = (
+            "with madebyollin/sdxl-vae-fp16-fix as its vae"
+            if is_sdxl
+            else "again with prepare_model.py, which looks for this"
+        )
+        fix = f"The VAE overflows in float16: run the model in bfloat16, or publish it {other}"
     return f"Decoding seed {seed} gave NaN or infinity (VAE in {vae_dtype}), which would be a black image. {fix}."

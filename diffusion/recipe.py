@@ -102,6 +102,9 @@ class Recipe(_Frozen):
     `steps` lists the only step counts a distilled checkpoint can do; None means any from 1 to `MAX_STEPS`.
     `guidance_free` checkpoints were distilled without classifier-free guidance and always run at `guidance_scale`.
     `native_size` is the edge, in pixels, of the square the checkpoint was trained on.
+    `vae_overflows`: in float16 the VAE's decoder passes that type's largest number, and the pipeline's class heeds no
+    mark of it in the VAE's config, as SDXL's does. In float16 it is run in float32. Like the patterns in `Source` it is
+    only mentioned where there is something to say.
     Anything wrong, here or in `model_validate`, raises `ModelError`.
     """
 
@@ -113,6 +116,7 @@ class Recipe(_Frozen):
     guidance_scale: float = Field(default=SDXL.guidance_scale, ge=0)
     guidance_free: bool = False
     native_size: int = Field(ge=32, le=4096, multiple_of=8)
+    vae_overflows: bool = Field(default=False, exclude_if=lambda value: not value)
     source: Source | None = None
 
     @model_validator(mode="before")

@@ -15,7 +15,6 @@ from torch import nn
 from diffusion.build import build_pipeline, module_dtype
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import ModelError
-from diffusion.families import Architecture
 from diffusion.landing import LandedTensor, Slot, move_buffers, slots
 from diffusion.recipe import Recipe
 
@@ -70,7 +69,7 @@ def take_over(
     """
     reason = None
     try:
-        moves, scratch = _prepare(staged.pipeline, old, staged.recipe.architecture, device, dtype)
+        moves, scratch = _prepare(staged.pipeline, old, staged.recipe, device, dtype)
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
@@ -94,7 +93,7 @@ def take_over(
 def _prepare(
     new: DiffusionPipeline,
     old: DiffusionPipeline,
-    architecture: Architecture,
+    recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[list[_Move], torch.Tensor]:
@@ -102,11 +101,11 @@ def _prepare(
     moves: list[_Move] = []
     kept: dict[str, nn.Module] = {}
     built: list[nn.Module] = []
-    for name in architecture.modules:
+    for name in recipe.architecture.modules:
         module, predecessor = getattr(new, name), getattr(old, name, None)
         if module is None:
             continue  # a part that this version does without
-        waiting = dict(slots(module, module_dtype(module, architecture, dtype)))
+        waiting = dict(slots(module, module_dtype(module, recipe, dtype)))
         targets = predecessor.state_dict() if predecessor is not None else {}
         if (
             predecessor is not None

@@ -19,6 +19,7 @@ from diffusion.recipe import Recipe
 from preparation import convert
 from preparation.errors import PreparationError, UsageError
 from preparation.fuse import LoraFile, Loras
+from preparation.overflow import VAE, mark_overflow
 from preparation.plan import Component, Plan
 from preparation.progress import Progress, Stage, human_size
 from preparation.unpack import unpack
@@ -83,7 +84,7 @@ def assemble(plan: Plan, folder: Path, *, jobs: int, progress: Progress) -> Prep
 
 def is_rewritten(component: Component, plan: Plan) -> bool:
     """Whether the component's files may be converted, as far as their names and sizes tell."""
-    may_be_fused = bool(plan.loras) and component.name != "vae"
+    may_be_fused = bool(plan.loras) and component.name != VAE
     too_large = _is_too_large(component, plan.shard_limit)
     is_unpacked = component.inside is not None
     return component.dtype is not None or may_be_fused or too_large or is_unpacked
@@ -165,6 +166,8 @@ def _build(plan: Plan, local: Local, building: Path, progress: Progress) -> Reci
         for source, place in unlinked:
             _copy(source, place, stage)
     shutil.rmtree(building / _UNPACKED, ignore_errors=True)
+    vae = next(component for component in plan.components if component.name == VAE)
+    recipe = mark_overflow(building, recipe, _label(vae), progress)
     marker = {
         "fingerprint": plan.fingerprint(),
         "source": plan.source,

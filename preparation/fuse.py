@@ -1,6 +1,6 @@
 """LoRAs into a component's weights, once and for all, by diffusers' and PEFT's own code: the result is stock's.
 
-One component at a time is in memory, in the dtype its files hold, with the LoRAs' few megabytes.
+One component at a time is in memory, in the dtype its files hold, with the LoRAs that change it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from diffusion.families import Architecture
 from preparation.convert import TensorInfo, reading
 from preparation.errors import UsageError
+from preparation.filled import fill
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Loras:
 
         configs = {f"{component}/config.json": json.dumps(config).encode()}
         module = build_module(component, self._architecture.modules[component], configs)
-        slots = _fill(module, tensors, label)
+        slots = fill(module, tensors, label)
         acting = [lora for lora in self._loaded if lora.acts_on(component)]
         names = [f"lora-{number}" for number in range(len(acting))]
         for name, lora in zip(names, acting, strict=True):
@@ -151,56 +152,6 @@ class _Config(dict[str, Any]):
     """A config as diffusers hands it around: entries that are attributes too."""
 
     __getattr__ = dict.__getitem__
-
-
-def _fill(module: Any, tensors: Sequence[TensorInfo], label: str) -> dict[str, Any]:
-    """The component's own weights, in place; returns where each is, by the name its file gives it."""
-    import torch
-    from safetensors import safe_open
-
-    from diffusion.errors import ModelError
-    from diffusion.landing import Landing, Problems
-
-    landing = Landing(label, module, device=torch.device("cpu"), dtype=None)
-    problems = Problems()
-    files = dict.fromkeys(info.file for info in tensors)
-    for file in files:
-        with reading(file, label), safe_open(file, framework="pt") as opened:
-            for info in tensors:
-                if info.file == file:
-                    landing.take(_Landed(info, opened.get_tensor(info.name)), problems)
-    landing.finish(problems)
-    try:
-        problems.raise_if_any()
-    except ModelError as error:
-        raise UsageError(f"{label}: {error}") from error
-    # Older files hold buffers too that a module computes: those stay as they are.
-    found = {info.name: landing.slot(info.name) for info in tensors}
-    return {name: slot for name, slot in found.items() if slot is not None}
-
-
-@dataclass(frozen=True)
-class _Landed:
-    """A tensor from a file of this disk, as the diffusion room takes them."""
-
-    info: TensorInfo
-    data: Any
-
-    @property
-    def path(self) -> str:
-        return self.info.file.name
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def dtype(self) -> str:
-        return self.info.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
 
 
 def _metadata_of(file: Path) -> Mapping[str, Any] | None:

@@ -18,6 +18,7 @@ from preparation.hub import Hub, HubRepo, is_repo_id
 from preparation.lightning import LIGHTNING_REPO, lora_file
 from preparation.lora import LoraName, find_lora, on_this_disk
 from preparation.origin import Origin
+from preparation.overflow import check_class
 from preparation.plan import SCHEDULER_PATH, Component, Copy, Plan, published_texts
 from preparation.select import select_weights
 
@@ -124,6 +125,7 @@ def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
     others = tuple(copy for copy in plan.copies if not copy.target.startswith("vae/"))
     plan = replace(
         plan,
+        recipe=plan.recipe.model_copy(update={"vae_overflows": False}),
         copies=(*others, Copy("vae/config.json", origin, config)),
         components=tuple(vae if found.name == "vae" else found for found in plan.components),
     )
@@ -135,6 +137,7 @@ def _check_vae(plan: Plan, config: bytes, place: str) -> None:
     before = next(copy for copy in plan.copies if copy.target == "vae/config.json")
     try:
         own, other = json.loads(before.origin.read(before.path)), json.loads(config)
+        check_class(other, f"--vae {place}")
         kinds = [
             (one.get("latent_channels", 4), len(one["block_out_channels"])) for one in (own, other)
         ]

@@ -30,7 +30,7 @@ from preparation.select import (
 
 RECIPE_NAME = "recipe.json"  # at a local folder's root: how its checkpoint wants to be run
 SCHEDULER_PATH = "scheduler/scheduler_config.json"
-_FORMAT = 1  # raise it when the same plan gives other bytes than before
+_FORMAT = 2  # raise it when the same plan gives other bytes than before
 
 
 @dataclass(frozen=True)

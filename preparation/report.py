@@ -32,7 +32,11 @@ def describe_download(plan: Plan) -> str:
 def describe_folder(plan: Plan) -> str:
     """A table of what would be published, as far as listings tell: nothing is hashed or compared."""
     rows = [("", human_size(len(data)), path) for path, data in plan.texts.items()]
-    rows += [("", human_size(copy.origin.files[copy.path]), copy.target) for copy in plan.copies]
+    for copy in plan.copies:
+        # Only the decoder's own numbers tell, and the weights are not here yet.
+        marked = copy.target == "vae/config.json" and plan.recipe.architecture.upcasts_vae
+        note = " (with force_upcast set, should the VAE overflow float16)" if marked else ""
+        rows.append(("", human_size(copy.origin.files[copy.path]), f"{copy.target}{note}"))
     for component in plan.components:
         rows += _component_rows(component, plan)
     rows.sort(key=lambda row: row[2])

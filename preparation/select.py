@@ -53,7 +53,7 @@ def read_model_index(data: bytes, where: str) -> dict[str, Any]:
     """Parse a model_index.json and check that its pipeline is one this project can run.
 
     Raises:
-        UsageError: it is no JSON object, or names another pipeline.
+        UsageError: it is no JSON object, or names another pipeline, or a part of another class.
     """
     try:
         index = json.loads(data)
@@ -62,11 +62,19 @@ def read_model_index(data: bytes, where: str) -> dict[str, Any]:
             f"Reading model_index.json of {where}: it is not JSON ({error}). Is the download or checkout complete?"
         ) from error
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UsageError(
             f"{where} is a {name or 'folder without a pipeline class'} (so says its model_index.json), "
             f"which is not supported. Supported pipelines: {', '.join(ARCHITECTURES)}."
         )
+    for part, (_, class_name) in ARCHITECTURES[name].modules.items():
+        entry = index.get(part)
+        asked = entry[-1] if isinstance(entry, list) and entry else None
+        if asked not in (None, class_name):
+            raise UsageError(
+                f"model_index.json of {where} asks for {part} to be an {asked}, where a {name} is served with "
+                f"{class_name} alone. Put one of these in its place, and say so there."
+            )
     return dict(index)
 
 

@@ -148,6 +148,14 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(model):
     assert build(model, dtype=torch.float16).vae.dtype == torch.float16
 
 
+def test_a_recipe_may_say_that_the_vae_overflows_in_float16(model):
+    recipe = LIGHTNING.model_copy(update={"vae_overflows": True})
+
+    assert build(model, recipe, dtype=torch.float16).vae.dtype == torch.float32
+    assert build(model, recipe, dtype=torch.float16).unet.dtype == torch.float16
+    assert build(model, recipe, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+
+
 def test_parameters_lie_where_vector_kernels_want_them(model):
     def odd(tensor: Tensor) -> Tensor:
         memory = bytearray(len(tensor.data) + 64)

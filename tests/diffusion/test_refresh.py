@@ -250,6 +250,16 @@ def test_a_vae_that_must_stay_in_float32_comes_into_a_float16_engine(model, upda
     assert_same_tensors(engine, serve(update, configs=configs, dtype=torch.float16))
 
 
+def test_a_recipe_that_newly_says_that_its_vae_overflows_brings_it_in_float32(model, update):
+    recipe = LIGHTNING.model_copy(update={"vae_overflows": True})
+    engine = serve(model, dtype=torch.float16)
+
+    engine.replace(staged(update, recipe))
+
+    assert engine._pipeline.vae.dtype == torch.float32
+    assert engine._pipeline.unet.dtype == torch.float16
+
+
 def test_staged_tensors_are_let_go_one_by_one(model, update):
     engine = serve(model)
     alive: weakref.WeakSet[mmap] = weakref.WeakSet()

@@ -45,7 +45,7 @@ def test_lightning_is_published_and_the_deployments_environment_is_printed(
         assert f"  {repo}@{lightning_hub.repositories[repo].branches['main']}\n" in ran.out
     # one line a stage where there is no terminal
     stages = [line.split(":")[0] for line in ran.err.splitlines()]
-    assert stages == ["Download", "Check", "Convert", "Hash", "Upload"]
+    assert stages == ["Download", "Check", "Convert", "Try VAE", "Hash", "Upload"]
     block = ran.out.split("The environment of a deployment:\n\n")[1].splitlines()
     assert block == [
         "AWS_ACCESS_KEY_ID=<access key ID of the workload keypair>",
