@@ -5,6 +5,7 @@ the bucket to the weights room and recipes to the diffusion room.
 """
 
 from preparation.errors import PreparationError, UsageError
+from preparation.expected import stages_to_come
 from preparation.lora import LoraName
 from preparation.options import DTYPES, Options, parse_size
 from preparation.prepare import (
@@ -47,5 +48,6 @@ __all__ = [
     "needs_no_network",
     "parse_size",
     "prepare",
+    "stages_to_come",
     "upload",
 ]

@@ -17,11 +17,13 @@ from typing import Any
 
 from diffusion.recipe import Recipe
 from preparation import convert
+from preparation.amounts import human_size
 from preparation.errors import PreparationError, UsageError
 from preparation.fuse import LoraFile, Loras
 from preparation.overflow import VAE, mark_overflow
 from preparation.plan import Component, Plan
-from preparation.progress import Progress, Stage, human_size
+from preparation.progress import Progress
+from preparation.stages import Stage
 from preparation.unpack import unpack
 
 # Hidden, so it is never published. It says that the folder is ours to replace, and from what it was made.

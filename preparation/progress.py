@@ -1,4 +1,4 @@
-"""One live bar per stage on a terminal, one line per stage anywhere else, and the way to stop a running stage.
+"""One display over all stages of a run, on a terminal or off it, and the way to stop a running stage.
 
 Knows nothing of what the bytes are. Every worker thread reports through `Stage.advance`, which is therefore also
 where an interrupted preparation stops them.
@@ -7,40 +7,24 @@ where an interrupted preparation stops them.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
-from tqdm import tqdm
-
-from preparation.errors import CancelledStageError
+from preparation.lines import LineDisplay
+from preparation.stages import Clock, Overview, Stage, Upcoming
+from preparation.terminal import TerminalDisplay
 
 # What has begun when the person interrupts gets this long to end.
 _PATIENCE_SECONDS = 20.0
 _SILENCE_SECONDS = 2.0
+# Long enough not to fill a log, and short enough for CI not to take a run for dead.
+_LOG_SECONDS = 30.0
 INTERRUPTED = "Interrupted. Run the same command again: finished files are kept."
-
-
-def human_size(size: float) -> str:
-    """Decimal units, as the Hub shows them: 5135149760 is "5.14 GB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{int(size)} B"
-
-
-def _size_instead(stream: TextIO) -> tuple[int, int] | tuple[None, None]:
-    """Columns and rows to assume for a terminal that does not know its own, as in `docker run -t` and CI."""
-    try:
-        known = os.get_terminal_size(stream.fileno()).columns
-    except (OSError, ValueError):  # no terminal, or no file at all
-        return None, None
-    return (None, None) if known else shutil.get_terminal_size()
 
 
 def end_interrupted() -> NoReturn:
@@ -51,60 +35,85 @@ def end_interrupted() -> NoReturn:
     os._exit(130)
 
 
-class Stage:
-    """A running stage; `advance` may be called from any thread."""
-
-    def __init__(self, bar: tqdm[Any], cancelled: threading.Event) -> None:
-        self._bar = bar
-        self._cancelled = cancelled
-        self._lock = threading.Lock()
-        self.done = 0
-
-    def advance(self, size: int) -> None:
-        """Count bytes; negative when a transfer had to start again.
-
-        Raises:
-            CancelledStageError: the preparation was interrupted, so the calling thread should end.
-        """
-        if self._cancelled.is_set():
-            raise CancelledStageError("interrupted")
-        with self._lock:
-            self.done += size
-            self._bar.update(size)
-
-
 class Progress:
-    """Where the stages of one preparation report."""
+    """Where the stages of a run report. Where there is no terminal, a long stage is heard of every `log_seconds`."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        clock: Clock = time.monotonic,
+        log_seconds: float = _LOG_SECONDS,
+    ) -> None:
+        self._clock = clock
         self._cancelled = threading.Event()
+        self._overview = Overview(clock)
+        self._lock = threading.RLock()
+        self._blocks = 0  # that need the display now
+        self._ended = 0  # stages
+        self._display = _display(stream or sys.stderr, self._overview, log_seconds)
 
     def say(self, line: str) -> None:
-        """Write one line, without breaking a bar."""
-        tqdm.write(line, file=self._stream)
+        """Write one line, without breaking what is drawn."""
+        self._display.say(line)
+
+    @contextmanager
+    def over(
+        self, stages: Iterable[Upcoming], later: Iterable[Sequence[Upcoming]] = ()
+    ) -> Iterator[None]:
+        """Show the body's stages as one whole: these are to come, and `later` ones of other models after it.
+
+        Nothing but `say` may write to the terminal meanwhile.
+        """
+        models = tuple(later)
+        with self._lock:
+            self._overview.expect(stages, models)
+            self._ended = 0
+        whole = False
+        self._open()
+        try:
+            yield
+            whole = not models and self._ended > 1
+        finally:
+            with self._lock:
+                self._overview.expect(())
+            self._close(whole=whole)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
         """Show a stage of `total` bytes while the body runs. A stage with nothing to do is not mentioned."""
-        terminal = self._stream.isatty()
-        began = time.monotonic()
-        columns, rows = _size_instead(self._stream)
-        with tqdm(
-            total=total,
-            desc=name,
-            unit="B",
-            unit_scale=True,
-            dynamic_ncols=columns is None,
-            ncols=columns,
-            nrows=rows,
-            file=self._stream,
-            disable=not terminal or total == 0,
-        ) as bar:
-            stage = Stage(bar, self._cancelled)
+        stage = Stage(name, total, self._clock, self._cancelled)
+        if total == 0:
+            with self._lock:
+                self._overview.pass_by(name)
             yield stage
-        if not terminal and total:
-            self.say(f"{name}: {human_size(stage.done)} in {time.monotonic() - began:.1f} s")
+            return
+        finished = False
+        with self._lock:
+            self._overview.begin(stage)
+        self._open()
+        try:
+            self._display.draw()
+            yield stage
+            finished = True
+        finally:
+            with self._lock:
+                self._overview.end(stage, finished=finished)
+                self._ended += finished
+            self._display.ended(stage, finished=finished)
+            self._close()
+
+    def _open(self) -> None:
+        with self._lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                self._display.open()
+
+    def _close(self, *, whole: bool = False) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                self._display.close(whole=whole)
 
     @contextmanager
     def stopping_on_signals(self, patience: float = _PATIENCE_SECONDS) -> Iterator[None]:
@@ -122,12 +131,17 @@ class Progress:
             timer.start()
             timers.append(timer)
 
+        def give_up() -> None:
+            self._display.abandon()
+            end_interrupted()
+
         def stop(_signal: int, _frame: object) -> None:
             if self._cancelled.is_set():
+                self._display.abandon()
                 os._exit(130)
             self._cancelled.set()
             after(_SILENCE_SECONDS, lambda: self.say("\nStopping. Ctrl-C again ends at once."))
-            after(patience, end_interrupted)
+            after(patience, give_up)
             raise KeyboardInterrupt
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -138,3 +152,13 @@ class Progress:
                 timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _display(
+    stream: TextIO, overview: Overview, log_seconds: float
+) -> TerminalDisplay | LineDisplay:
+    if stream.isatty():
+        terminal = TerminalDisplay(stream, overview)
+        if not terminal.is_dumb:
+            return terminal
+    return LineDisplay(stream, overview, log_seconds)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from diffusion.recipe import Source
+from preparation.amounts import human_size
 from preparation.assemble import is_rewritten
 from preparation.convert import TORCH_NAMES, shard_name
 from preparation.plan import Component, Plan
-from preparation.progress import human_size
 from settings import StorageSettings
 from weights import Publication
 from weights.difference import total_bytes

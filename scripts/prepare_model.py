@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,30 +89,33 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         return _activate(arguments, request, settings)
     if not arguments.from_truss:
         plan = preparation.make_plan(request)
-        return _carry_out(request, plan, settings, arguments, progress)
+        return _carry_out(request, [plan], settings, arguments, progress)
     config = Path(arguments.source)
     requests = read_truss(config, request)
     plans = plan_truss(config, requests)
     documents = []
-    for number, (request, plan) in enumerate(zip(requests, plans, strict=True), start=1):
-        _teller(arguments)(f"\n{request.source} ({number} of {len(plans)})\n")
-        documents.append(_carry_out(request, plan, settings, arguments, progress))
+    for number, request in enumerate(requests):
+        _teller(arguments)(f"\n{request.source} ({number + 1} of {len(plans)})\n")
+        documents.append(_carry_out(request, plans[number:], settings, arguments, progress))
     return {"models": documents}
 
 
 def _carry_out(
     request: Request,
-    plan: Plan,
+    plans: Sequence[Plan],
     settings: StorageSettings,
     arguments: argparse.Namespace,
     progress: Progress,
 ) -> dict[str, Any]:
+    """Carry out the first of the plans; the others are of the models that come after it."""
+    plan = plans[0]
     if arguments.dry_run:
         return _show(arguments, request, plan, settings, progress)
     say = _teller(arguments)
     bucket = Bucket(settings, arguments.bucket, connections=2 * request.jobs)
     preparation.check_bucket(bucket, request.model_path)
-    with preparation.alone(request):
+    stages, *later = map(preparation.stages_to_come, plans)
+    with preparation.alone(request), progress.over(stages, later):
         prepared = preparation.prepare(request, plan, progress)
         publication = preparation.compare(request, prepared, bucket, progress)
         preparation.upload(request, publication, progress)

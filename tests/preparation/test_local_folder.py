@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from preparation import PreparationError, Progress, Request, UsageError, make_plan, prepare
+from preparation.amounts import human_size
 from preparation.folder import LocalFolder
-from preparation.progress import human_size
 from tests.preparation.conftest import Models, Prepare
 from tests.preparation.repositories import write_decoys
 
@@ -200,13 +200,14 @@ def test_weights_that_cannot_be_linked_are_copied_in_a_stage_of_its_own(
 def test_copying_can_be_interrupted_and_leaves_nothing_half_done(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # given a copy during which the person interrupts, when the first block has been counted
+    # given a copy that the person interrupts, as soon as the display shows it
     def refuse(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link", source, None, target)
 
     monkeypatch.setattr(os, "link", refuse)
     request = Request(str(models.full), name="me/model", folder=tmp_path / "prepared")
     plan = make_plan(request)
+    monkeypatch.setenv("TERM", "xterm")
     progress = Progress(_Interrupting())
     # when
     with pytest.raises(KeyboardInterrupt), progress.stopping_on_signals():
@@ -218,11 +219,14 @@ def test_copying_can_be_interrupted_and_leaves_nothing_half_done(
 class _Interrupting(io.StringIO):
     """A terminal before which somebody presses Ctrl-C when they see that copying has begun."""
 
+    has_interrupted = False
+
     def isatty(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        if "Copy:" in text:
+        if "Copy" in text and not self.has_interrupted:
+            self.has_interrupted = True
             signal.raise_signal(signal.SIGINT)
         return super().write(text)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +14,7 @@ import pytest
 
 from preparation.errors import CancelledStageError
 from preparation.hub import _ForwardingBar
-from preparation.progress import Progress, human_size
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from preparation.progress import Progress
 
 
 def test_off_a_terminal_each_stage_is_one_line() -> None:
@@ -34,43 +26,44 @@ def test_off_a_terminal_each_stage_is_one_line() -> None:
     assert line.startswith("Download: 3 MB in ")
 
 
-def test_on_a_terminal_a_bar_is_drawn() -> None:
-    out = Terminal()
+def test_off_a_terminal_a_long_stage_is_heard_of_again_and_again() -> None:
+    reading, writing = os.pipe()
+    with open(reading) as log, open(writing, "w") as stream:  # noqa: PTH123 - no paths
+        progress = Progress(stream, log_seconds=0.01)
+        with progress.stage("Download", 6_940_000_000) as stage:
+            assert log.readline() == "Download: 0.00 of 6.94 GB\n"
+            stage.advance(2_980_000_000)
+            while (line := log.readline()) == "Download: 0.00 of 6.94 GB\n":
+                pass
+            assert line == "Download: 2.98 of 6.94 GB\n"
+
+
+def test_off_a_terminal_a_stage_that_failed_is_not_said_to_have_ended() -> None:
+    out = io.StringIO()
+
+    def fail() -> None:
+        with Progress(out).stage("Upload", 10):
+            raise ValueError("as it happens")
+
+    with pytest.raises(ValueError, match="as it happens"):
+        fail()
+    assert out.getvalue() == ""
+
+
+def test_log_is_no_terminal_though_colours_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    out = io.StringIO()
     with Progress(out).stage("Upload", 10) as stage:
         stage.advance(10)
-    assert "Upload: 100%" in out.getvalue()
-
-
-@pytest.mark.parametrize(("columns", "width"), [(0, 80), (50, 50)])
-def test_bar_is_as_wide_as_the_terminal_or_usual_where_that_knows_no_width(
-    monkeypatch: pytest.MonkeyPatch, columns: int, width: int
-) -> None:
-    # given standard error on a terminal of that many columns
-    monkeypatch.delenv("COLUMNS", raising=False)
-    screen, terminal = os.openpty()
-    fcntl.ioctl(
-        terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24 * bool(columns), columns, 0, 0)
-    )
-    with open(terminal, "w") as stream:  # noqa: PTH123 - no path
-        monkeypatch.setattr(sys, "stderr", stream)
-        # when
-        with Progress(stream).stage("Upload", 10) as stage:
-            stage.advance(10)
-        shown = ""
-        while "100%" not in shown:  # a terminal hands on what was written piece by piece
-            shown += os.read(screen, 10_000).decode()
-    os.close(screen)
-    # then
-    bar = shown.strip().split("\r")[-1]
-    assert "100%|█" in bar
-    assert width - 2 <= len(bar) <= width
+    assert out.getvalue().startswith("Upload: 10 B in ")
 
 
 def test_stage_with_nothing_to_do_is_not_mentioned() -> None:
-    for out in (io.StringIO(), Terminal()):
-        with Progress(out).stage("Convert", 0):
-            pass
-        assert out.getvalue() == ""
+    out = io.StringIO()
+    with Progress(out).stage("Convert", 0):
+        pass
+    assert out.getvalue() == ""
 
 
 def test_bytes_are_counted_from_many_threads() -> None:
@@ -138,17 +131,3 @@ def test_hubs_client_finds_on_the_bar_all_it_looks_for() -> None:
     with XetDownloadProgressReporter(**options) as reporter:
         reporter.update_progress(Report())
     assert moved == [60]  # bytes on disk, not those off the wire
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1500, "1.5 kB"),
-        (5_135_149_760, "5.14 GB"),
-        (167_335_342, "167 MB"),
-    ],
-)
-def test_sizes_read_as_on_the_hub(size: int, text: str) -> None:
-    assert human_size(size) == text
