@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from demo.small_sdxl import write_small_sdxl
 from preparation.convert import SHARD_LIMIT
+from tests.support.single_files import write_single_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -42,16 +43,19 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders import lora_base, peft
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from diffusers.loaders import single_file_model, single_file_utils
 import diffusion.components, diffusion.landing, preparation.fuse, safetensors.torch
 from preparation import LoraName, Options, Progress, Request, make_plan, prepare
 
-source, destination, lora, dtype, shard_size = sys.argv[1:]
+source, destination, lora, dtype, shard_size, base = sys.argv[1:]
 options = Options(
     loras=(LoraName.parse(lora),) if lora else (),
     dtype=dtype or None,
     max_shard_size=int(shard_size),
 )
-request = Request(source, name="me/large", folder=Path(destination), options=options)
+request = Request(
+    source, name="me/large", folder=Path(destination), options=options, base=base or None
+)
 torch.zeros(8).fill_(0.5)
 print("imported", flush=True)
 sys.stdin.readline()
@@ -134,10 +138,17 @@ def own_memory(pid: int) -> int:
 
 
 def taken_by_preparing(
-    large: Large, destination: Path, *, lora: bool = False, dtype: str = "", shard_size: int
+    large: Large,
+    destination: Path,
+    *,
+    single_file: Path | None = None,
+    lora: bool = False,
+    dtype: str = "",
+    shard_size: int,
 ) -> int:
     """The peak of the child's own memory, less what its imports take."""
-    arguments = [large.folder, destination, large.lora if lora else "", dtype, shard_size]
+    source, base = (single_file, large.folder) if single_file else (large.folder, "")
+    arguments = [source, destination, large.lora if lora else "", dtype, shard_size, base]
     with subprocess.Popen(
         [sys.executable, "-c", CHILD, *map(str, arguments)],
         cwd=REPOSITORY,
@@ -195,3 +206,19 @@ def test_casting_and_splitting_takes_one_shard_and_at_most_256_mib(
     taken = taken_by_preparing(large, tmp_path, dtype=dtype, shard_size=shard_size)
 
     assert taken <= shard_size + 256 * MIB
+
+
+@pytest.mark.slow
+@linux_only
+def test_taking_a_single_file_apart_takes_no_more_than_the_largest_component_and_256_mib(
+    large: Large, tmp_path: Path
+) -> None:
+    file = write_single_file(large.folder, tmp_path / "large.safetensors")
+    largest = max(large.components.values())
+    assert sum(large.components.values()) > largest + GIB
+
+    taken = taken_by_preparing(
+        large, tmp_path / "prepared", single_file=file, dtype="float16", shard_size=SHARD_LIMIT
+    )
+
+    assert taken <= largest + 256 * MIB
