@@ -31,16 +31,19 @@ def describe_download(plan: Plan) -> str:
 
 def describe_folder(plan: Plan) -> str:
     """A table of what would be published, as far as listings tell: nothing is hashed or compared."""
-    rows = [("", human_size(len(data)), path) for path, data in plan.texts.items()]
-    for copy in plan.copies:
-        # Only the decoder's own numbers tell, and the weights are not here yet.
-        marked = copy.target == "vae/config.json" and plan.recipe.architecture.upcasts_vae
-        note = " (with force_upcast set, should the VAE overflow float16)" if marked else ""
-        rows.append(("", human_size(copy.origin.files[copy.path]), f"{copy.target}{note}"))
+    sizes = {path: len(data) for path, data in plan.texts.items()}
+    sizes |= {copy.target: copy.origin.files[copy.path] for copy in plan.copies}
+    rows = [("", human_size(size), f"{path}{_note(path, plan)}") for path, size in sizes.items()]
     for component in plan.components:
         rows += _component_rows(component, plan)
     rows.sort(key=lambda row: row[2])
     return f"Files to publish (before comparing with the bucket):\n{_table(rows)}"
+
+
+def _note(path: str, plan: Plan) -> str:
+    """What may yet be changed in a text: it takes the VAE's weights to tell, which need not be here."""
+    marked = path == "vae/config.json" and plan.recipe.architecture.upcasts_vae
+    return " (with force_upcast set, should the VAE overflow float16)" if marked else ""
 
 
 def _component_rows(component: Component, plan: Plan) -> Iterable[tuple[str, str, str]]:
