@@ -17,6 +17,8 @@ from blake3 import blake3
 from weights.chunks import CHUNK_SIZE
 from weights.manifest import FileEntry
 
+# Bytes of a file that one request sends; at S3's limit of 10,000 parts that allows files of 335 GB.
+PART_SIZE: Final = 2 * CHUNK_SIZE
 # Bytes that are read at once, and hashed while they are in the core's own cache. Out of main memory, beside other
 # threads that use it, SHA-256 takes 0.83 s/GB instead of 0.52.
 BLOCK_SIZE: Final = 256 * 1024
