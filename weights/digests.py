@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -34,11 +35,25 @@ def chunk_digest(parts: Iterable[memoryview | bytes]) -> str:
     return hasher.hexdigest()
 
 
-def describe_file(file: Path, path: str, on_bytes: Progress | None = None) -> FileEntry:
+@dataclass(frozen=True)
+class PartDigests:
+    """The SHA-256s that the requests for a file's parts will be signed with, by its path, for files of several parts.
+
+    They are `found` in bytes that are read and hashed anyway, unless the receiver has the file's first chunk, by the
+    digests it is known to have (`held`): then it most likely has all of it.
+    """
+
+    held: Collection[str] = ()
+    found: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def describe_file(
+    file: Path, path: str, on_bytes: Progress | None = None, parts: PartDigests | None = None
+) -> FileEntry:
     """Read `file` once and return its entry under `path`. Raises OSError, and ValueError for a forbidden path."""
-    sha256 = hashlib.sha256()
+    sha256 = part = hashlib.sha256()  # of the first part it is the same
     chunk = blake3()
-    chunks = []
+    chunks, signed = [], []
     size = 0
     block = memoryview(bytearray(BLOCK_SIZE))
     with file.open("rb", buffering=0) as source:
@@ -46,13 +61,20 @@ def describe_file(file: Path, path: str, on_bytes: Progress | None = None) -> Fi
             if size and size % CHUNK_SIZE == 0:
                 chunks.append(chunk.hexdigest())
                 chunk = blake3()
+            if size and size % PART_SIZE == 0 and parts and chunks[0] not in parts.held:
+                signed.append(part.hexdigest())
+                part = hashlib.sha256()
             sha256.update(read)
             chunk.update(read)
+            if part is not sha256:
+                part.update(read)
             size += len(read)
             if on_bytes:
                 on_bytes(len(read))
     if size:
         chunks.append(chunk.hexdigest())
+    if parts and signed:
+        parts.found[path] = (*signed, part.hexdigest())
     return FileEntry(path=path, size=size, sha256=sha256.hexdigest(), chunks=tuple(chunks))
 
 

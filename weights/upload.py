@@ -9,7 +9,7 @@ are not sent again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class FileUpload:
     """One file on its way to one key. Run every task of `tasks`, in any order, on any threads: the last completes it.
 
     Another run may be sending the same bytes to the same key, and may have taken up the same unfinished upload:
-    whichever completes first has done it for both.
+    whichever completes first has done it for both. `digests` are the parts' SHA-256s, where they are known.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class FileUpload:
         entry: FileEntry,
         resumption: Resumption,
         on_bytes: Progress | None = None,
+        digests: Sequence[str] | None = None,
     ) -> None:
         self._bucket = bucket
         self._file = file
@@ -67,6 +68,7 @@ class FileUpload:
         self._entry = entry
         self._resumption = resumption
         self._on_bytes = on_bytes
+        self._digests = digests
         self._numbers = range(1, -(-entry.size // PART_SIZE) + 1)
         self._lock = threading.Lock()
         self._left = len(self._numbers)
@@ -108,7 +110,8 @@ class FileUpload:
 
     def _send_part(self, number: int) -> int:
         """Have the server hold the part, and return its size in bytes."""
-        with FilePart(self._file, self._entry, number) as part:
+        digest = self._digests[number - 1] if self._digests else None
+        with FilePart(self._file, self._entry, number, digest) as part:
             while not self._whole:
                 multipart = self._begun()
                 held = multipart.held.get(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
@@ -138,6 +139,8 @@ def test_a_file_that_changes_after_hashing_is_not_published(s3, bucket, tmp_path
     """Sent whole or in parts, whether the parts' own digests were made along with the file's or not."""
     folder = write_model(tmp_path / "folder", chunks=chunks)
     publication = plan_publication(folder, bucket, MODEL, RECIPE)
+    if not is_known:
+        publication = replace(publication, part_digests={})
     (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-1] + b"x")
     s3.forget_requests()
 
@@ -167,8 +170,10 @@ def signed(bucket):
     return found
 
 
-def test_what_is_sent_is_signed_with_its_own_sha256(bucket, large_model, signed):
-    publication = publish_folder(bucket, large_model)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_is_sent_is_signed_with_its_own_sha256(bucket, large_model, signed, is_known):
+    publication = plan_publication(large_model, bucket, MODEL, RECIPE)
+    publish(publication if is_known else replace(publication, part_digests={}))
 
     for entry in publication.files:
         data = (large_model / entry.path).read_bytes()
@@ -177,6 +182,35 @@ def test_what_is_sent_is_signed_with_its_own_sha256(bucket, large_model, signed)
             digest = signed.pop((publication.key(entry.path), number))
             assert digest == hashlib.sha256(part).hexdigest()
     assert set(signed) == {(publication.key("manifest.json"), 1), (f"{MODEL}/latest.json", 1)}
+
+
+def test_a_part_whose_sha256_is_known_is_not_read_once_more_to_sign_it(bucket, large_model, signed):
+    publication = plan_publication(large_model, bucket, MODEL, RECIPE)
+    assert {path: len(parts) for path, parts in publication.part_digests.items()} == {UNET: 3}
+
+    publish(replace(publication, part_digests={UNET: ["0" * 64, "1" * 64, "2" * 64]}))
+
+    assert [signed[publication.key(UNET), number][0] for number in (1, 2, 3)] == ["0", "1", "2"]
+
+
+def test_parts_are_hashed_along_for_what_will_most_likely_be_sent(bucket, large_model):
+    publish_folder(bucket, large_model)
+
+    assert not plan_publication(large_model, bucket, MODEL, RECIPE).part_digests
+    repair = plan_publication(large_model, bucket, MODEL, RECIPE, repair=True)
+    assert set(repair.part_digests) == {UNET}
+    weights = (large_model / UNET).read_bytes()
+    (large_model / UNET).write_bytes(weights[:1000] + b"x" + weights[1001:])
+    assert set(plan_publication(large_model, bucket, MODEL, RECIPE).part_digests) == {UNET}
+
+
+def test_a_bucket_that_is_not_there_is_found_before_anything_is_hashed(bucket_for, model):
+    hashed = []
+
+    with pytest.raises(BucketError, match="does not exist"):
+        plan_publication(model, bucket_for("no-such-bucket"), MODEL, RECIPE, on_bytes=hashed.append)
+
+    assert hashed == []
 
 
 @pytest.mark.parametrize("name", ["unet/model.bin", "old.ckpt"])
