@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,12 @@ def hash_folder(
     *,
     jobs: int = 8,
     on_bytes: Progress | None = None,
+    on_entry: Callable[[FileEntry], None] | None = None,
     remembered: Remembered | None = None,
     parts: PartDigests | None = None,
 ) -> tuple[FileEntry, ...]:
-    """The entries of every file under `folder`, ordered by path. `on_bytes` is told of bytes as they are hashed.
+    """The entries of every file under `folder`, ordered by path. `on_bytes` is told of bytes as they are hashed, and
+    `on_entry` of every file, on the thread that has hashed it.
 
     What is `remembered` of files that nobody has touched is not computed again; what it takes to send the others goes
     into `parts`. Hidden files are left out, and so is a manifest that `pull` left there. Raises FolderError for what
@@ -30,7 +33,14 @@ def hash_folder(
     # The largest first: SHA-256 has no parts that could be shared, so the last file to begin is to be a short one.
     sizes = {path: _status(folder / path).st_size for path in publishable_files(folder)}
     paths = sorted(sizes, key=lambda path: -sizes[path])
-    tasks = [partial(_describe, folder / path, path, on_bytes, remembered, parts) for path in paths]
+
+    def describe(path: str) -> FileEntry:
+        entry = _describe(folder / path, path, on_bytes, remembered, parts)
+        if on_entry:
+            on_entry(entry)
+        return entry
+
+    tasks = [partial(describe, path) for path in paths]
     return tuple(sorted(run_all(tasks, jobs, name="hash"), key=lambda entry: entry.path))
 
 

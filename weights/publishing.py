@@ -114,25 +114,34 @@ def plan_publication(
     """
     active = _served_version(bucket, model_path)
     previous = _manifest_of(bucket, model_path, active)
-    served = previous.files if previous and not repair else ()
+    served = frozenset(previous.files if previous and not repair else ())
+    still_there: dict[FileEntry, bool] = {}
+
+    def look_at_served(entry: FileEntry) -> None:
+        """While others are being hashed: most often nothing has changed, and all looks are done when they are."""
+        if entry in served:
+            still_there[entry] = is_there(bucket, f"{model_path}/{active}/{entry.path}", entry)
+
     parts = PartDigests(held={entry.chunks[0] for entry in served if entry.chunks})
     entries = hash_folder(
         folder,
         jobs=jobs,
         on_bytes=on_bytes,
+        on_entry=look_at_served,
         remembered=None if repair else remembered,
         parts=parts,
     )
     manifest = make_manifest(entries, recipe)
     version = manifest.version
-    keys = [f"{model_path}/{version}/{entry.path}" for entry in manifest.files]
-    there = [False] * len(keys)
+
+    def look(entry: FileEntry) -> bool:
+        if version == active and entry in still_there:
+            return still_there[entry]
+        return is_there(bucket, f"{model_path}/{version}/{entry.path}", entry)
+
+    there = [False] * len(manifest.files)
     if not repair:
-        looks = [
-            partial(is_there, bucket, key, entry)
-            for key, entry in zip(keys, manifest.files, strict=True)
-        ]
-        there = run_all(looks, jobs, name="look")
+        there = run_all([partial(look, entry) for entry in manifest.files], jobs, name="look")
     lacking = [entry for entry, found in zip(manifest.files, there, strict=True) if not found]
     copies: dict[str, str] = {}
     if lacking and not repair:

@@ -60,6 +60,20 @@ def test_publishing_the_same_folder_again_sends_nothing(s3, bucket, model):
     assert writes(s3, bucket.name) == []
 
 
+def test_what_is_served_is_looked_at_once_and_while_files_are_being_hashed(s3, bucket, model):
+    files = publish_folder(bucket, model).files
+    s3.forget_requests()
+    looks = []
+
+    def count(_size):
+        looks.append(sum(record.method == "HEAD" for record in s3.requests(bucket.name)))
+
+    plan_publication(model, bucket, MODEL, RECIPE, jobs=1, on_bytes=count)
+    count(0)
+
+    assert looks[-2:] == [len(files) - 1, len(files)]
+
+
 def test_publishing_after_one_file_changed_sends_that_file(s3, bucket, own_model):
     first = publish_folder(bucket, own_model)
     (own_model / "vae" / "config.json").write_text('{"_class_name": "Other"}')
