@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 5
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte
+_KNOWN_DIGEST = "s3v4-known-digest"  # the name of a way of signing, as botocore lists them
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def connect(settings: StorageSettings, *, connections: int = 32, sign: bool = Tr
 
     Path-style addressing with a custom endpoint: gateways and caches such as TAG need it, and a host name per
     bucket rarely resolves there. Checksum trailers only where S3 requires them: Tigris and older servers reject
-    them, and the rooms verify what they read and write themselves. `sign=False` is for servers that know a caller by
-    other means, or let everyone in. Raises SettingsError for an AWS profile that is not there.
+    them, and the rooms verify what they read and write themselves. A body that has a `sha256` (hexadecimal) is signed
+    with that instead of being read once more. `sign=False` is for servers that know a caller by other means, or let
+    everyone in. Raises SettingsError for an AWS profile that is not there.
     """
     import boto3
     from botocore import UNSIGNED
@@ -61,7 +63,7 @@ def connect(settings: StorageSettings, *, connections: int = 32, sign: bool = Tr
         raise SettingsError(
             f"AWS_PROFILE is wrong: {error}. Unset it, or name a profile that is there"
         ) from None
-    return session.client(
+    client = session.client(
         "s3",
         region_name=session.region_name or "us-east-1",
         endpoint_url=settings.endpoint_url,
@@ -77,6 +79,22 @@ def connect(settings: StorageSettings, *, connections: int = 32, sign: bool = Tr
             response_checksum_validation="when_required",
         ),
     )
+    _sign_with_known_digests(client)
+    return client
+
+
+def _sign_with_known_digests(client: S3Client) -> None:
+    from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
+
+    class KnownDigestAuth(S3SigV4Auth):
+        def payload(self, request: Any) -> Any:
+            return getattr(request.body, "sha256", None) or super().payload(request)
+
+    def choose(signature_version: Any, **_: Any) -> Any:
+        return _KNOWN_DIGEST if signature_version in ("v4", "s3v4") else None
+
+    AUTH_TYPE_MAPS[_KNOWN_DIGEST] = KnownDigestAuth
+    client.meta.events.register("choose-signer.s3", choose)
 
 
 def _secret(value: Any) -> str | None:

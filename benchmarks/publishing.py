@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from http.client import HTTPConnection
 from pathlib import Path
@@ -39,6 +40,8 @@ PEER = "s5cmd cp"
 OURS = "this publisher, a new version"
 HASHING = "hashing alone"
 AGAIN_HASHED = "this publisher, nothing changed, hashed anew"
+ONE_CHANGED = "this publisher, one file changed"
+CHANGED = "text_encoder/0.safetensors"
 
 # Megabytes, in shards of at most 960.
 SHARDS = {
@@ -56,17 +59,29 @@ Written by `.venv-bench/bin/python benchmarks/publishing.py {arguments}` on {dat
 {machine}; {versions}.
 
 A folder of {size} with the files of SDXL-Lightning as it is published (random bytes, all sizes by the same factor
-smaller) on a RAM disk goes to an S3 server on loopback
-(`benchmarks/wire/s3_taker.py`), which stores what it takes on the same RAM disk and checks no digests: sender and
-server share the cores. Each measurement is a fresh process on an empty bucket, timed from the call, after its imports,
-to the last answer; s5cmd's own start is part of its time. This publisher hashes the folder (SHA-256 of every file,
-BLAKE3 of every 16 MiB) unless it remembers its digests, compares each part with that as it leaves, and writes manifest
-and latest.json; the others copy and compare nothing. Every round runs all ways in a new order; times are medians. What
-else ran on the machine when this began had a load of {load}: with much of that, only CPU seconds compare.
+smaller) on a RAM disk goes to an S3 server on loopback (`benchmarks/wire/s3_taker.py`), which stores what it takes on
+the same RAM disk and checks no digests: sender and server share the cores. Each measurement is a fresh process, timed
+from the call, after its imports, to the last answer; s5cmd's own start is part of its time. A new version and the
+copies go to an empty bucket, the other ways to one that holds the model. This publisher hashes the folder (SHA-256 of
+every file, BLAKE3 of every 16 MiB) unless it remembers its digests, signs each part with its SHA-256, compares it with
+its BLAKE3 as it leaves, and writes manifest and latest.json; the others compare nothing, and s5cmd signs each part with
+its SHA-256 and sends its MD5 along. Every round runs all ways in a new order; all figures are medians. What else ran on
+the machine when this began had a load of {load}: with much of that, only CPU seconds compare.
 
-| way | seconds, median | min to max | GB/s | times {peer} | sender's CPU seconds | times {peer} |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| way | seconds | min to max | times {peer} | sender's CPU s | times {peer} | server's CPU s | objects sent | MB sent |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: seconds by the clock, CPU seconds of the sender and of the server, and what the server has taken."""
+
+    seconds: float
+    sender: float
+    server: float
+    objects: int
+    bytes: int
 
 
 def write_model(folder: Path, size: int) -> int:
@@ -130,6 +145,16 @@ def ours_again(folder: Path, endpoint: str) -> Callable[[], None]:
     return run
 
 
+def ours_one_changed(folder: Path, endpoint: str) -> Callable[[], None]:
+    run = ours_again(folder, endpoint)
+    with (folder / CHANGED).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    return run
+
+
 def ours_again_hashed(folder: Path, endpoint: str) -> Callable[[], None]:
     run = ours(folder, endpoint, remember=False)
     run()
@@ -174,6 +199,7 @@ WAYS: dict[str, Callable[[Path, str], Callable[[], None]]] = {
     HASHING: hashing,
     AGAIN_HASHED: ours_again_hashed,
     "this publisher, nothing changed": ours_again,
+    ONE_CHANGED: ours_one_changed,
 }
 
 
@@ -210,12 +236,18 @@ def taker(folder: Path) -> Iterator[str]:
             process.kill()
 
 
-def measure(way: str, folder: Path, endpoint: str, size: int) -> tuple[float, float]:
-    """Seconds of one run on an empty bucket, over warm memory: by the clock, and of the sender's CPU time."""
+def ask(endpoint: str, method: str) -> bytes:
+    """What the server tells whoever measures: on GET what it has taken; on DELETE it forgets its objects."""
     connection = HTTPConnection(endpoint.removeprefix("http://"))
-    connection.request("DELETE", "/")  # forget what it has taken
-    connection.getresponse().read()
+    connection.request(method, "/")
+    answer = connection.getresponse().read()
     connection.close()
+    return answer
+
+
+def measure(way: str, folder: Path, endpoint: str, size: int) -> Measured:
+    """One run, over warm memory and a bucket that was empty when its process began."""
+    ask(endpoint, "DELETE")
     (folder.parent / "digests.json").unlink(missing_ok=True)
     target = Target(endpoint, BUCKET, MODEL_PATH, "", (), (), 0, "")
     with subprocess.Popen(
@@ -229,17 +261,16 @@ def measure(way: str, folder: Path, endpoint: str, size: int) -> tuple[float, fl
         assert process.stdout is not None  # noqa: S101
         process.stdout.readline()
         warm_free_memory(3 * size)
+        before = json.loads(ask(endpoint, "GET"))
         process.stdin.write("\n")
         process.stdin.flush()
         seconds, cpu_seconds = json.loads(process.stdout.readline())
-    return seconds, cpu_seconds
+        after = json.loads(ask(endpoint, "GET"))
+    taken = {name: after[name] - before[name] for name in after}
+    return Measured(seconds, cpu_seconds, taken["cpu_seconds"], taken["objects"], taken["bytes"])
 
 
-def report(
-    found: dict[str, list[tuple[float, float]]], size: int, arguments: str, load: float
-) -> str:
-    clock = {way: statistics.median(one for one, _ in times) for way, times in found.items()}
-    cpu = {way: statistics.median(one for _, one in times) for way, times in found.items()}
+def report(found: dict[str, list[Measured]], size: int, arguments: str, load: float) -> str:
     lines = [
         HEAD.format(
             arguments=arguments,
@@ -251,19 +282,27 @@ def report(
             load=f"{load:.1f}",
         ).rstrip("\n")
     ]
-    for way, times in found.items():
-        seconds = [one for one, _ in times]
-        lines.append(
-            f"| {way} | {clock[way]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} "
-            f"| {size / clock[way] / 1e9:.2f} | {clock[way] / clock[PEER]:.2f} "
-            f"| {cpu[way]:.2f} | {cpu[way] / cpu[PEER]:.2f} |"
+    medians = {
+        way: Measured(
+            *(statistics.median(values) for values in zip(*map(astuple, runs), strict=True))
         )
-    again = clock[AGAIN_HASHED] / clock[HASHING]
-    lines += [
-        "",
-        f"A new version, hashing included, takes {clock[OURS] / clock[PEER]:.2f} times as long as {PEER}.",
-        f"With nothing changed and all hashed anew it takes {again:.2f} times as long as hashing alone.",
-    ]
+        for way, runs in found.items()
+    }
+    peer = medians[PEER]
+    for way, runs in found.items():
+        one = medians[way]
+        seconds = [run.seconds for run in runs]
+        lines.append(
+            f"| {way} | {one.seconds:.2f} | {min(seconds):.2f} to {max(seconds):.2f} "
+            f"| {one.seconds / peer.seconds:.2f} | {one.sender:.2f} | {one.sender / peer.sender:.2f} "
+            f"| {one.server:.2f} | {one.objects:.0f} | {one.bytes / 1e6:.0f} |"
+        )
+    ours, again, changed = medians[OURS], medians[AGAIN_HASHED], medians[ONE_CHANGED]
+    lines.append(f"""
+A new version, hashing included, takes {ours.seconds / peer.seconds:.2f} times as long as {PEER}, and
+{ours.sender / peer.sender:.2f} times its CPU seconds. With nothing changed and all hashed anew it takes
+{again.seconds / medians[HASHING].seconds:.2f} times as long as hashing alone, and sends {again.objects:.0f} objects.
+With one file changed it sends that, the manifest and latest.json: {changed.objects:.0f} objects.""")
     return "\n".join(lines) + "\n"
 
 
@@ -280,7 +319,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     options = parser.parse_args()
     order = random.Random(SEED)
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    found: dict[str, list[Measured]] = {way: [] for way in WAYS}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bench-", dir=RAM_DISK) as place:
         root = Path(place)
@@ -290,7 +329,7 @@ def main() -> None:
             for number in range(options.rounds):
                 for way in order.sample(sorted(WAYS), len(WAYS)):
                     found[way].append(measure(way, folder, endpoint, size))
-                    seconds, _ = found[way][-1]
+                    seconds = found[way][-1].seconds
                     progress(f"[round {number + 1} of {options.rounds}] {way}: {seconds:.2f} s")
     text = report(found, size, f"--size {options.size / 1e6:.0f}MB --rounds {options.rounds}", load)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from weights.digests import Progress, describe_file
+from weights.digests import PartDigests, Progress, describe_file
 from weights.errors import FolderError
 from weights.manifest import LATEST_NAME, MANIFEST_NAME, FileEntry, is_pickle
 from weights.parallel import run_all
@@ -18,18 +19,28 @@ def hash_folder(
     *,
     jobs: int = 8,
     on_bytes: Progress | None = None,
+    on_entry: Callable[[FileEntry], None] | None = None,
     remembered: Remembered | None = None,
+    parts: PartDigests | None = None,
 ) -> tuple[FileEntry, ...]:
-    """The entries of every file under `folder`, ordered by path. `on_bytes` is told of bytes as they are hashed.
+    """The entries of every file under `folder`, ordered by path. `on_bytes` is told of bytes as they are hashed, and
+    `on_entry` of every file, on the thread that has hashed it.
 
-    What is `remembered` of files that nobody has touched is not computed again. Hidden files are left out, and so is
-    a manifest that `pull` left there. Raises FolderError for what must not be published: a pickle, a link that leads
-    out of the folder, a name S3 or another system could misread.
+    What is `remembered` of files that nobody has touched is not computed again; what it takes to send the others goes
+    into `parts`. Hidden files are left out, and so is a manifest that `pull` left there. Raises FolderError for what
+    must not be published: a pickle, a link that leads out of the folder, a name that S3 or another system misreads.
     """
     # The largest first: SHA-256 has no parts that could be shared, so the last file to begin is to be a short one.
     sizes = {path: _status(folder / path).st_size for path in publishable_files(folder)}
     paths = sorted(sizes, key=lambda path: -sizes[path])
-    tasks = [partial(_describe, folder / path, path, on_bytes, remembered) for path in paths]
+
+    def describe(path: str) -> FileEntry:
+        entry = _describe(folder / path, path, on_bytes, remembered, parts)
+        if on_entry:
+            on_entry(entry)
+        return entry
+
+    tasks = [partial(describe, path) for path in paths]
     return tuple(sorted(run_all(tasks, jobs, name="hash"), key=lambda entry: entry.path))
 
 
@@ -78,7 +89,11 @@ def _refuse(error: OSError) -> None:
 
 
 def _describe(
-    file: Path, path: str, on_bytes: Progress | None, remembered: Remembered | None
+    file: Path,
+    path: str,
+    on_bytes: Progress | None,
+    remembered: Remembered | None,
+    parts: PartDigests | None,
 ) -> FileEntry:
     before = _status(file)
     if remembered and (entry := remembered.recall(path, before)):
@@ -86,7 +101,7 @@ def _describe(
             on_bytes(entry.size)
         return entry
     try:
-        entry = describe_file(file, path, on_bytes)
+        entry = describe_file(file, path, on_bytes, parts)
     except OSError as error:
         raise FolderError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:

@@ -7,8 +7,8 @@ the bucket already holds is not sent again. A run that is killed leaves what the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from weights.activation import succeed
 from weights.bucket import Bucket
 from weights.difference import Difference, difference
-from weights.digests import Progress
+from weights.digests import PartDigests, Progress
 from weights.errors import (
     BucketError,
     FolderError,
@@ -42,7 +42,8 @@ class Publication:
     """A plan: what one version holds, and what must be done so that the bucket serves it.
 
     `copies` pairs an entry with the key of an object in the bucket that has its bytes already. `previous` is the
-    manifest of the version served when the plan was made, None where there is none that can be read.
+    manifest of the version served when the plan was made, None where there is none that can be read. `part_digests`
+    are the SHA-256s of parts, by a file's path, as far as they are known.
     """
 
     bucket: Bucket
@@ -55,6 +56,7 @@ class Publication:
     previous_version: str | None
     previous: Manifest | None = None
     provenance: Mapping[str, Any] | None = None
+    part_digests: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
 
     @property
     def version(self) -> str:
@@ -110,20 +112,36 @@ def plan_publication(
     as hashed that is only `remembered`. Raises FolderError for what cannot be published, BucketError when the bucket
     cannot be asked.
     """
+    active = _served_version(bucket, model_path)
+    previous = _manifest_of(bucket, model_path, active)
+    served = frozenset(previous.files if previous and not repair else ())
+    still_there: dict[FileEntry, bool] = {}
+
+    def look_at_served(entry: FileEntry) -> None:
+        """While others are being hashed: most often nothing has changed, and all looks are done when they are."""
+        if entry in served:
+            still_there[entry] = is_there(bucket, f"{model_path}/{active}/{entry.path}", entry)
+
+    parts = PartDigests(held={entry.chunks[0] for entry in served if entry.chunks})
     entries = hash_folder(
-        folder, jobs=jobs, on_bytes=on_bytes, remembered=None if repair else remembered
+        folder,
+        jobs=jobs,
+        on_bytes=on_bytes,
+        on_entry=look_at_served,
+        remembered=None if repair else remembered,
+        parts=parts,
     )
     manifest = make_manifest(entries, recipe)
     version = manifest.version
-    keys = [f"{model_path}/{version}/{entry.path}" for entry in manifest.files]
-    active = _served_version(bucket, model_path)
-    there = [False] * len(keys)
+
+    def look(entry: FileEntry) -> bool:
+        if version == active and entry in still_there:
+            return still_there[entry]
+        return is_there(bucket, f"{model_path}/{version}/{entry.path}", entry)
+
+    there = [False] * len(manifest.files)
     if not repair:
-        looks = [
-            partial(is_there, bucket, key, entry)
-            for key, entry in zip(keys, manifest.files, strict=True)
-        ]
-        there = run_all(looks, jobs, name="look")
+        there = run_all([partial(look, entry) for entry in manifest.files], jobs, name="look")
     lacking = [entry for entry, found in zip(manifest.files, there, strict=True) if not found]
     copies: dict[str, str] = {}
     if lacking and not repair:
@@ -133,7 +151,7 @@ def plan_publication(
         copies = {
             entry.path: key for entry, key in zip(lacking, sources, strict=True) if key is not None
         }
-    own = _manifest_of(bucket, model_path, version)
+    own = previous if active == version else _manifest_of(bucket, model_path, version)
     return Publication(
         bucket=bucket,
         folder=folder,
@@ -143,8 +161,9 @@ def plan_publication(
         uploads=tuple(entry for entry in lacking if entry.path not in copies),
         copies=tuple((entry, copies[entry.path]) for entry in lacking if entry.path in copies),
         previous_version=active,
-        previous=own if active == version else _manifest_of(bucket, model_path, active),
+        previous=previous,
         provenance=provenance,
+        part_digests=parts.found,
     )
 
 
@@ -176,8 +195,15 @@ def _bring(publication: Publication, jobs: int, on_bytes: Progress | None) -> No
     resumption = Resumption(publication.bucket)
 
     def upload_of(entry: FileEntry, on_bytes: Progress | None) -> FileUpload:
-        file, key = publication.folder / entry.path, publication.key(entry.path)
-        return FileUpload(publication.bucket, file, key, entry, resumption, on_bytes)
+        return FileUpload(
+            publication.bucket,
+            publication.folder / entry.path,
+            publication.key(entry.path),
+            entry,
+            resumption,
+            on_bytes,
+            publication.part_digests.get(entry.path),
+        )
 
     def copy(entry: FileEntry, source: str) -> None:
         key = publication.key(entry.path)

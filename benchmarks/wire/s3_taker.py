@@ -1,17 +1,20 @@
 """An S3 server on loopback that takes objects as fast as they come, for measuring who sends them.
 
-`python -m benchmarks.wire.s3_taker FOLDER` prints its port. It knows PUT, multipart uploads, HEAD, GET of whole objects
-and empty listings; bytes go to files in FOLDER, a RAM disk. It checks neither signatures nor digests, and its ETags
-are no digests: what that would cost falls on a server elsewhere, not on the machine that sends.
+`python -m benchmarks.wire.s3_taker FOLDER` prints its port. It knows PUT, copies, multipart uploads, HEAD, GET of whole
+objects and empty listings; bytes go to files in FOLDER, a RAM disk. It checks neither signatures nor digests, and its
+ETags are no digests: what that would cost falls on a server elsewhere, not on the machine that sends. GET / tells what
+it has taken, and its CPU seconds.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,13 +38,20 @@ class Stored:
 
 
 class Store:
-    """What was taken so far. Safe for threads, since each of its dictionaries' changes is one step."""
+    """What was taken so far, and how much that was. Safe for threads: each change of what it holds is one step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.objects: dict[str, Stored] = {}
         self.uploads: dict[str, tuple[tuple[tuple[str, str], ...], dict[int, Stored]]] = {}
         self.numbers = itertools.count(1)
+        self.taken = {"objects": 0, "bytes": 0}
+        self._lock = threading.Lock()
+
+    def count(self, **more: int) -> None:
+        with self._lock:
+            for name, number in more.items():
+                self.taken[name] += number
 
     def new_file(self) -> Path:
         return self.folder / f"{next(self.numbers)}"
@@ -56,13 +66,24 @@ class Handler(BaseHTTPRequestHandler):
     _memory = threading.local()
 
     def do_PUT(self) -> None:
+        if source := self.headers.get("x-amz-copy-source"):
+            self._copy(unquote(source).lstrip("/"))
+            return
         stored = self._take()
+        self.store.count(bytes=stored.size)
         if "uploadId" in self._query:
             _, parts = self.store.uploads[self._query["uploadId"][0]]
             parts[int(self._query["partNumber"][0])] = stored
         else:
             self.store.objects[self._key] = stored
+            self.store.count(objects=1)
         self._answer(200, b"", ETag=f'"{stored.etag}"')
+
+    def _copy(self, source: str) -> None:
+        stored = replace(self.store.objects[source], metadata=self._metadata)
+        self.store.objects[self._key] = stored
+        etag = f"<ETag>&quot;{stored.etag}&quot;</ETag>"
+        self._answer(200, f"<CopyObjectResult>{etag}</CopyObjectResult>".encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -81,12 +102,17 @@ class Handler(BaseHTTPRequestHandler):
                 metadata,
             )
             self.store.objects[self._key] = stored
+            self.store.count(objects=1)
             name, inner = "CompleteMultipartUploadResult", f'<ETag>"{stored.etag}"</ETag>'
         bucket, _, key = self._key.partition("/")
         inner = f"<Bucket>{escape(bucket)}</Bucket><Key>{escape(key)}</Key>{inner}"
         self._answer(200, f"<{name}>{inner}</{name}>".encode())
 
     def do_GET(self) -> None:
+        if not self._key:
+            told = self.store.taken | {"cpu_seconds": time.process_time()}
+            self._answer(200, json.dumps(told).encode())
+            return
         if "/" not in self._key.rstrip("/") or "uploads" in self._query:
             name = "ListMultipartUploadsResult" if "uploads" in self._query else "ListBucketResult"
             self._answer(200, f"<{name}><IsTruncated>false</IsTruncated></{name}>".encode())

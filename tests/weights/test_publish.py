@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+from urllib.parse import parse_qsl, unquote, urlsplit
+
 import pytest
 from botocore.stub import Stubber
 
 from demo.s3 import EmbeddedS3
 from demo.s3_faults import Fault
-from tests.weights.conftest import MODEL, RECIPE, publish_folder
+from tests.weights.conftest import MODEL, RECIPE, publish_folder, write_model
 from weights import (
     BucketError,
     FolderError,
@@ -20,7 +24,7 @@ from weights import (
 )
 from weights.listing import list_versions
 from weights.pull import verify
-from weights.upload import is_there
+from weights.upload import PART_SIZE, is_there
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -54,6 +58,20 @@ def test_publishing_the_same_folder_again_sends_nothing(s3, bucket, model):
 
     assert again.unchanged
     assert writes(s3, bucket.name) == []
+
+
+def test_what_is_served_is_looked_at_once_and_while_files_are_being_hashed(s3, bucket, model):
+    files = publish_folder(bucket, model).files
+    s3.forget_requests()
+    looks = []
+
+    def count(_size):
+        looks.append(sum(record.method == "HEAD" for record in s3.requests(bucket.name)))
+
+    plan_publication(model, bucket, MODEL, RECIPE, jobs=1, on_bytes=count)
+    count(0)
+
+    assert looks[-2:] == [len(files) - 1, len(files)]
 
 
 def test_publishing_after_one_file_changed_sends_that_file(s3, bucket, own_model):
@@ -129,14 +147,84 @@ def test_publishing_again_mends_an_object_that_was_truncated(bucket, model, publ
     assert verify(bucket, find_snapshot(bucket, MODEL)).problems == ()
 
 
-def test_a_file_that_changes_after_hashing_is_not_published(bucket, own_model):
-    publication = plan_publication(own_model, bucket, MODEL, RECIPE)
-    (own_model / UNET).write_bytes((own_model / UNET).read_bytes()[:-1] + b"x")
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_file_that_changes_after_hashing_is_not_published(s3, bucket, tmp_path, chunks, is_known):
+    """Sent whole or in parts, whether the parts' own digests were made along with the file's or not."""
+    folder = write_model(tmp_path / "folder", chunks=chunks)
+    publication = plan_publication(folder, bucket, MODEL, RECIPE)
+    if not is_known:
+        publication = replace(publication, part_digests={})
+    (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-1] + b"x")
+    s3.forget_requests()
 
     with pytest.raises(FolderError, match="changed while it was being published"):
-        publish(publication)
+        publish(publication, jobs=1)
 
     assert read_latest(bucket, MODEL) is None
+    assert bucket.size(publication.key(UNET)) is None
+    assert "Uploads" not in bucket.client.list_multipart_uploads(Bucket=bucket.name)
+    broken_off = [record for record in s3.requests(bucket.name) if record.status == 400]
+    assert len(broken_off) <= 1  # trying again would not help
+
+
+@pytest.fixture
+def signed(bucket):
+    """The SHA-256s that requests were signed with, by key and part: 1 where it was the whole object."""
+    found = {}
+
+    def note(request, **_):
+        url = urlsplit(request.url)
+        number = int(dict(parse_qsl(url.query)).get("partNumber", 1))
+        key = unquote(url.path).removeprefix(f"/{bucket.name}/")
+        found[key, number] = request.headers["X-Amz-Content-SHA256"].decode()
+
+    bucket.client.meta.events.register("before-send.s3.PutObject", note)
+    bucket.client.meta.events.register("before-send.s3.UploadPart", note)
+    return found
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_is_sent_is_signed_with_its_own_sha256(bucket, large_model, signed, is_known):
+    publication = plan_publication(large_model, bucket, MODEL, RECIPE)
+    publish(publication if is_known else replace(publication, part_digests={}))
+
+    for entry in publication.files:
+        data = (large_model / entry.path).read_bytes()
+        for number in range(1, -(-len(data) // PART_SIZE) + 1):
+            part = data[(number - 1) * PART_SIZE : number * PART_SIZE]
+            digest = signed.pop((publication.key(entry.path), number))
+            assert digest == hashlib.sha256(part).hexdigest()
+    assert set(signed) == {(publication.key("manifest.json"), 1), (f"{MODEL}/latest.json", 1)}
+
+
+def test_a_part_whose_sha256_is_known_is_not_read_once_more_to_sign_it(bucket, large_model, signed):
+    publication = plan_publication(large_model, bucket, MODEL, RECIPE)
+    assert {path: len(parts) for path, parts in publication.part_digests.items()} == {UNET: 3}
+
+    publish(replace(publication, part_digests={UNET: ["0" * 64, "1" * 64, "2" * 64]}))
+
+    assert [signed[publication.key(UNET), number][0] for number in (1, 2, 3)] == ["0", "1", "2"]
+
+
+def test_parts_are_hashed_along_for_what_will_most_likely_be_sent(bucket, large_model):
+    publish_folder(bucket, large_model)
+
+    assert not plan_publication(large_model, bucket, MODEL, RECIPE).part_digests
+    repair = plan_publication(large_model, bucket, MODEL, RECIPE, repair=True)
+    assert set(repair.part_digests) == {UNET}
+    weights = (large_model / UNET).read_bytes()
+    (large_model / UNET).write_bytes(weights[:1000] + b"x" + weights[1001:])
+    assert set(plan_publication(large_model, bucket, MODEL, RECIPE).part_digests) == {UNET}
+
+
+def test_a_bucket_that_is_not_there_is_found_before_anything_is_hashed(bucket_for, model):
+    hashed = []
+
+    with pytest.raises(BucketError, match="does not exist"):
+        plan_publication(model, bucket_for("no-such-bucket"), MODEL, RECIPE, on_bytes=hashed.append)
+
+    assert hashed == []
 
 
 @pytest.mark.parametrize("name", ["unet/model.bin", "old.ckpt"])
