@@ -251,11 +251,24 @@ def test_a_start_while_an_object_is_replaced_begins_anew_with_what_is_there_then
             assert (tensor == expected.get_tensor(name)).all()
 
 
+def variants(folder: Path, count: int, into: Path) -> list[Path]:
+    """Folders whose UNets differ, each from every other."""
+    found = [into / str(number) for number in range(count)]
+    for number, variant in enumerate(found):
+        (variant / UNET).parent.mkdir(parents=True)
+        data = bytearray((folder / UNET).read_bytes())
+        data[-1] ^= number + 1
+        (variant / UNET).write_bytes(data)
+    return found
+
+
 def test_an_object_that_is_replaced_again_and_again_is_an_error_in_the_end(
-    own_deployment, small_sdxl, other_sdxl
+    own_deployment, small_sdxl, tmp_path
 ):
     bare_folder(own_deployment, small_sdxl)
-    overwriting = Overwriting(own_deployment, [other_sdxl, small_sdxl] * TIMES_TO_BEGIN)
+    # More than there are attempts, for a busy machine has second tries beside slow ones; and no bytes that were there
+    # before, with which such a try would be right.
+    overwriting = Overwriting(own_deployment, variants(small_sdxl, 4 * TIMES_TO_BEGIN, tmp_path))
     with (
         FaultProxy(own_deployment.s3.environment()["AWS_ENDPOINT_URL_S3"], overwriting) as proxy,
         pytest.raises(ObjectChangedError, match=UNET),
