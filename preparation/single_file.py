@@ -37,7 +37,8 @@ _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 def plan_single_file(checkpoint: Checkpoint, base: Origin, jobs: int) -> Plan:
     """Plan to take the checkpoint apart, with the base's configs and tokenizers.
 
-    Required components that the file lacks are the base's own; what a pipeline can do without is left out.
+    Required components that the file lacks are the base's own; what a pipeline can do without is left out. It is
+    run as the file's own repo is, else as the base is.
 
     Raises:
         UsageError: the base is no diffusers model that can be served, or the checkpoint lacks its denoiser.
@@ -146,7 +147,7 @@ def _recipe(checkpoint: Checkpoint, base: Origin, configs: Mapping[str, bytes]) 
     if is_lightning(repo) and (steps := steps_of(checkpoint.path)):
         lightning = lightning_recipe(steps, dtype=recipe.dtype, source=source)
         return lightning.model_copy(update={"native_size": recipe.native_size})
-    family = family_of(repo)
+    family = family_of(repo) or (family_of(base.repo_id) if isinstance(base, HubRepo) else None)
     return as_family(recipe, family, checkpoint.label) if family else recipe
 
 
