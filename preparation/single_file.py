@@ -37,8 +37,8 @@ _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 def plan_single_file(checkpoint: Checkpoint, base: Origin, jobs: int) -> Plan:
     """Plan to take the checkpoint apart, with the base's configs and tokenizers.
 
-    Required components that the file lacks are the base's own; what a pipeline can do without is left out. It is
-    run as the file's own repo is, else as the base is.
+    Required components that the file lacks are the base's own; what a pipeline can do without is left out where either
+    lacks it. It is run as the file's own repo is, else as the base is.
 
     Raises:
         UsageError: the base is no diffusers model that can be served, or the checkpoint lacks its denoiser.
@@ -51,6 +51,11 @@ def plan_single_file(checkpoint: Checkpoint, base: Origin, jobs: int) -> Plan:
             f"{checkpoint.label} holds no {architecture.denoiser} as a {architecture.pipeline} has it, which "
             f"{base.label} is. Give a checkpoint that does, or with --base the model whose configs it follows."
         )
+    held = {
+        module: size
+        for module, size in held.items()
+        if module not in _left_out(index, architecture)
+    }
     index = _without_absent(index, architecture, held)
     selection = select(base.files, index, base.label, elsewhere=held)
     configs = read_configs(base, selection.configs, jobs)
@@ -123,6 +128,13 @@ def _beside(checkpoint: Checkpoint) -> Origin | None:
         return origin if "model_index.json" in origin.files else None
     folder = origin.home
     return LocalFolder.open(folder) if (folder / "model_index.json").is_file() else None
+
+
+def _left_out(index: Mapping[str, Any], architecture: Architecture) -> frozenset[str]:
+    """What the base does without: there is neither a config nor a tokenizer for it, whatever the file holds."""
+    return frozenset(
+        name for name in architecture.optional if index.get(name) in (None, [None, None])
+    )
 
 
 def _without_absent(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -289,6 +290,19 @@ def test_what_sd3_can_do_without_is_left_out_when_the_file_lacks_it(
 
     assert not (prepared.folder / "text_encoder_3").exists()
     assert not (prepared.folder / "tokenizer_3").exists()
+
+
+def test_what_sd3_can_do_without_is_left_out_when_the_base_lacks_it(
+    run: Prepare, tmp_path: Path
+) -> None:
+    file = write_single_file(write_small_sd3(tmp_path / "source"), tmp_path / "one.safetensors")
+    base = write_small_sd3(tmp_path / "base", with_t5=False)
+
+    prepared = run(file, name="me/one", base=str(base))
+
+    assert not (prepared.folder / "text_encoder_3").exists()
+    index = json.loads((prepared.folder / "model_index.json").read_text())
+    assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
 
 
 def test_a_lora_merged_into_a_single_file_is_stocks(run: Prepare, tmp_path: Path) -> None:
