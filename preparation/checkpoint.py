@@ -22,8 +22,9 @@ from preparation.origin import Origin
 from weights.safetensors_layout import DTYPE_BYTES
 
 _SHOWN = 3  # names of tensors in a message
-# Beside weights in 8 bits these hold what to multiply them with, which stock diffusers does not either.
-_SCALES = ("scale_weight", "scaled_fp8")
+# Beside weights in 8 bits these hold what to multiply them with, which stock diffusers does not either: the names that
+# ComfyUI gave them first, and those it gives them now.
+_SCALES = ("scale_weight", "scaled_fp8", "weight_scale", "comfy_quant")
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,20 @@ class Checkpoint:
                 f"{self.label} holds 8-bit weights with scales of their own ({scale}), which diffusers cannot read. "
                 "Look for the same checkpoint in half precision."
             )
+        # Cast as they are, they would be taken for the weights themselves.
+        if integer := next((name for name in names if self._is_integer_weight(name)), None):
+            raise UsageError(
+                f"{self.label} holds weights as integers ({integer} is {self.tensors[integer].dtype}), which diffusers "
+                "cannot read. Look for the same checkpoint in half precision."
+            )
         if not any(self.held(architecture) for architecture in ARCHITECTURES.values()):
             raise UsageError(
                 f"{self.label} is no single-file checkpoint of a family that can be served: it holds "
                 f"{_listed(names)}. Of a component alone, give the repo or folder of its whole pipeline."
             )
+
+    def _is_integer_weight(self, name: str) -> bool:
+        return name.endswith(".weight") and not self.tensors[name].dtype.startswith(("F", "BF"))
 
 
 def open_checkpoint(origin: Origin, path: str) -> Checkpoint:

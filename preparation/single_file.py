@@ -37,7 +37,8 @@ _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 def plan_single_file(checkpoint: Checkpoint, base: Origin, jobs: int) -> Plan:
     """Plan to take the checkpoint apart, with the base's configs and tokenizers.
 
-    Required components that the file lacks are the base's own; what a pipeline can do without is left out.
+    Required components that the file lacks are the base's own; what a pipeline can do without is left out where either
+    lacks it. It is run as the file's own repo is, else as the base is.
 
     Raises:
         UsageError: the base is no diffusers model that can be served, or the checkpoint lacks its denoiser.
@@ -50,6 +51,11 @@ def plan_single_file(checkpoint: Checkpoint, base: Origin, jobs: int) -> Plan:
             f"{checkpoint.label} holds no {architecture.denoiser} as a {architecture.pipeline} has it, which "
             f"{base.label} is. Give a checkpoint that does, or with --base the model whose configs it follows."
         )
+    held = {
+        module: size
+        for module, size in held.items()
+        if module not in _left_out(index, architecture)
+    }
     index = _without_absent(index, architecture, held)
     selection = select(base.files, index, base.label, elsewhere=held)
     configs = read_configs(base, selection.configs, jobs)
@@ -124,6 +130,13 @@ def _beside(checkpoint: Checkpoint) -> Origin | None:
     return LocalFolder.open(folder) if (folder / "model_index.json").is_file() else None
 
 
+def _left_out(index: Mapping[str, Any], architecture: Architecture) -> frozenset[str]:
+    """What the base does without: there is neither a config nor a tokenizer for it, whatever the file holds."""
+    return frozenset(
+        name for name in architecture.optional if index.get(name) in (None, [None, None])
+    )
+
+
 def _without_absent(
     index: Mapping[str, Any], architecture: Architecture, held: Mapping[str, int]
 ) -> dict[str, Any]:
@@ -146,7 +159,7 @@ def _recipe(checkpoint: Checkpoint, base: Origin, configs: Mapping[str, bytes]) 
     if is_lightning(repo) and (steps := steps_of(checkpoint.path)):
         lightning = lightning_recipe(steps, dtype=recipe.dtype, source=source)
         return lightning.model_copy(update={"native_size": recipe.native_size})
-    family = family_of(repo)
+    family = family_of(repo) or (family_of(base.repo_id) if isinstance(base, HubRepo) else None)
     return as_family(recipe, family, checkpoint.label) if family else recipe
 
 

@@ -94,7 +94,8 @@ def _parse_place(text: str, scheme: str, rest: str) -> SourceName:
     if scheme not in _BY_SCHEME:
         known = " or ".join(f"{one}://BUCKET/FOLDER" for one in _BY_SCHEME)
         raise UsageError(
-            f"{text} cannot be a source. Give a Hub repo (OWNER/NAME), a local folder, or {known}."
+            f"{text} cannot be a source. Give a Hub repo (OWNER/NAME) or a checkpoint in one "
+            f"(OWNER/NAME:FILE{SUFFIX}), a local folder or checkpoint, or {known}."
         )
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.strip("/")

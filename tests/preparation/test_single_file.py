@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from demo.small_sdxl import write_small_sdxl
 from diffusion.build import build_pipeline
 from diffusion.engine import Engine, GenerationRequest
+from diffusion.families import family_of
 from diffusion.recipe import Recipe
 from preparation import Options, Progress, Request, compare, make_plan, upload
 from preparation.hub import Hub
@@ -211,6 +213,31 @@ def test_a_repos_own_configs_come_first_and_its_family_says_how_it_is_run(
     assert len(recipe.source.parts or ()) == 1  # the repo itself was the base
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_file_that_is_of_no_repo_is_run_as_its_base_is(
+    loopback_hub: LoopbackHub, hub: Hub, tmp_path: Path, is_named: bool
+) -> None:
+    if is_named:
+        repo, source = "stabilityai/sdxl-turbo", small_sdxl(tmp_path / "source")
+    else:  # known by its header
+        repo = "stabilityai/stable-diffusion-3.5-large"
+        source = write_small_sd3(tmp_path / "source", is_3_5_large=True)
+    file = write_single_file(source, tmp_path / "one.safetensors")
+    loopback_hub.add(repo, source)
+
+    recipe = make_plan(
+        Request(str(file), name="me/one", base=repo if is_named else None, hub=hub)
+    ).recipe
+
+    family = family_of(repo)
+    assert family is not None
+    assert (recipe.default_steps, recipe.guidance_scale, recipe.guidance_free) == (
+        family.default_steps,
+        family.guidance_scale,
+        family.guidance_free,
+    )
+
+
 @pytest.mark.parametrize(
     ("file", "steps", "prediction"),
     [
@@ -263,6 +290,19 @@ def test_what_sd3_can_do_without_is_left_out_when_the_file_lacks_it(
 
     assert not (prepared.folder / "text_encoder_3").exists()
     assert not (prepared.folder / "tokenizer_3").exists()
+
+
+def test_what_sd3_can_do_without_is_left_out_when_the_base_lacks_it(
+    run: Prepare, tmp_path: Path
+) -> None:
+    file = write_single_file(write_small_sd3(tmp_path / "source"), tmp_path / "one.safetensors")
+    base = write_small_sd3(tmp_path / "base", with_t5=False)
+
+    prepared = run(file, name="me/one", base=str(base))
+
+    assert not (prepared.folder / "text_encoder_3").exists()
+    index = json.loads((prepared.folder / "model_index.json").read_text())
+    assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
 
 
 def test_a_lora_merged_into_a_single_file_is_stocks(run: Prepare, tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ def with_names(folder: Path, *names: str, name: str = "one.safetensors") -> Path
             "holds 8-bit weights with scales of their own",
         ),
         (
+            ("model.diffusion_model.x.weight", "model.diffusion_model.x.weight_scale"),
+            r"holds 8-bit weights with scales of their own \(model.*x\.weight_scale\)",
+        ),
+        (
             ("down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"),
             r"family that can be served: it holds conv_in\.weight, down_blocks.* of its whole pipeline",
         ),
@@ -58,6 +62,22 @@ def test_a_file_of_an_unknown_family_is_named_for_what_it_is(
 
     with pytest.raises(UsageError, match=message):
         make_plan(Request(str(file), name="me/one", hub=hub, folder=tmp_path / "prepared"))
+
+
+def test_weights_that_are_integers_are_refused_and_positions_are_not(
+    run: Prepare, tmp_path: Path
+) -> None:
+    base = small_sdxl(tmp_path / "base")
+    file = write_single_file(base, tmp_path / "one.safetensors")
+    tensors = load_file(file)
+    prefix = "conditioner.embedders.0.transformer.text_model.embeddings"
+    save_file({**tensors, f"{prefix}.position_ids": torch.arange(77)[None]}, file)
+    run(file, name="me/one", base=str(base))
+
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, file)
+    with pytest.raises(UsageError, match=r"weights as integers \(model.*0\.0\.weight is I8\)"):
+        run(file, name="me/one", base=str(base))
 
 
 def test_a_file_that_is_not_there_is_said(hub: Hub, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_source_is_taken_apart(text: str, expected: tuple[SourceKind, str, str])
     [
         ("az://models/mine", r"az://models/mine cannot be a source.*s3://BUCKET/FOLDER"),
         ("https://huggingface.co/a/b", r"https://huggingface\.co/a/b cannot be a source"),
+        ("https://huggingface.co/a/b/c.safetensors", r"OWNER/NAME:FILE\.safetensors"),
         ("s3://", "its bucket '' is not a bucket name"),
         ("s3://a/models", "its bucket 'a' is not a bucket name"),
         ("s3://models/../secrets", r"its folder '\.\./secrets' must be a plain path"),
