@@ -299,7 +299,9 @@ class RunnerSettings(StorageSettings):
         "MODEL_FOLDER",
         "a folder that `python -m weights pull` has left the model in, to be read instead of the bucket",
         "/src/model",
-        default_factory=lambda: BAKED_FOLDER if BAKED_FOLDER.is_dir() else None,
+        default_factory=lambda: (
+            BAKED_FOLDER if (BAKED_FOLDER / "manifest.json").is_file() else None
+        ),
     )
     model_bucket: BucketName | None = _variable(
         "MODEL_BUCKET_NAME",

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 
 from diffusion.families import ARCHITECTURES, Architecture
-from preparation.convert import TensorInfo, read_headers
+from preparation.convert import TensorInfo, read_headers, unpacked_dtype
 from preparation.errors import UsageError
 from preparation.hub import HubRepo
 from preparation.origin import Origin
@@ -40,16 +40,14 @@ class Checkpoint:
         return f"{self.origin.label}: {self.path}"
 
     def held(self, architecture: Architecture) -> dict[str, int]:
-        """Bytes of every module of `architecture` that is in the file, by its name."""
-        return {
-            module: size
-            for module, prefix in architecture.single_file.prefixes.items()
-            if (
-                size := sum(
-                    one.size for name, one in self.tensors.items() if name.startswith(prefix)
-                )
-            )
-        }
+        """Bytes of every module of `architecture` that is in the file, by its name, as `unpack` writes it."""
+        held = {}
+        for module, prefix in architecture.single_file.prefixes.items():
+            own = [one for name, one in self.tensors.items() if name.startswith(prefix)]
+            if own:
+                wide = unpacked_dtype(own)
+                held[module] = sum(one.count * DTYPE_BYTES[wide] for one in own)
+        return held
 
     @cached_property
     def kind(self) -> str | None:

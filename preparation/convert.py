@@ -214,6 +214,21 @@ def dominant_dtype(tensors: Iterable[TensorInfo]) -> str | None:
     return max(bytes_by_dtype, key=bytes_by_dtype.__getitem__, default=None)
 
 
+def unpacked_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """What a component of a single file is written in: the floats that hold most of its bytes, 8 bits as float16.
+
+    float16 holds every value of both kinds of 8 bits; float64 becomes float32.
+    """
+    bytes_by_dtype: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.dtype.startswith(("F", "BF")):
+            dtype = {"F8_E4M3": "F16", "F8_E5M2": "F16", "F64": "F32"}.get(
+                tensor.dtype, tensor.dtype
+            )
+            bytes_by_dtype[dtype] = bytes_by_dtype.get(dtype, 0) + tensor.size
+    return max(bytes_by_dtype, key=bytes_by_dtype.__getitem__, default="F32")
+
+
 def _cast(tensor: Any, info: TensorInfo, dtype: str | None, label: str) -> Any:
     import torch
 

@@ -40,8 +40,9 @@ class Diverted(io.TextIOBase):
     def write(self, text: str) -> int:
         with self._lock:
             *lines, self._pending = (self._pending + text).split("\n")
-            for line in lines:
-                self._say(line.rpartition("\r")[2])  # of a bar that somebody draws, how it ended
+        # Without the lock: a thread that draws holds the display's, and may have to write here.
+        for line in lines:
+            self._say(line.rpartition("\r")[2])  # of a bar that somebody draws, how it ended
         return len(text)
 
     def writable(self) -> bool:

@@ -41,9 +41,8 @@ class LocalFolder:
 
     @classmethod
     def of_file(cls, file: Path) -> LocalFolder:
-        """As if the folder held this file alone: nobody asks what lies beside it."""
-        resolved = file.resolve()
-        return cls(resolved.parent, {resolved.name: resolved.stat().st_size})
+        """As if the folder held this file alone: nobody asks what lies beside it. A link keeps its own name."""
+        return cls(file.parent.resolve(), {file.name: file.stat().st_size})
 
     @property
     def label(self) -> str:

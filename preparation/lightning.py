@@ -44,10 +44,10 @@ def unet_file(steps: int) -> str:
     return f"sdxl_lightning_{steps}step_unet{'_x0' if steps == 1 else ''}.safetensors"
 
 
-def steps_of(path: str) -> Literal[1, 2, 4, 8] | None:
-    """For how many steps one of the repo's whole single-file checkpoints is; None for any other file."""
+def steps_of(name: str) -> Literal[1, 2, 4, 8] | None:
+    """For how many steps a whole single-file checkpoint of the repo is, by its name; None for any other file."""
     for steps in _ALL_STEPS:
-        if path == f"sdxl_lightning_{steps}step{'_x0' if steps == 1 else ''}.safetensors":
+        if name == f"sdxl_lightning_{steps}step{'_x0' if steps == 1 else ''}.safetensors":
             return steps
     return None
 

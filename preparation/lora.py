@@ -94,7 +94,7 @@ def find_lora(name: LoraName, hub: Hub) -> Lora:
     local = on_this_disk(name.place)
     if name.file is None and local.suffix == SUFFIX and local.is_file():
         folder = LocalFolder.of_file(local)
-        return Lora(folder, local.resolve().name, name.weight)
+        return Lora(folder, local.name, name.weight)
     if not is_repo_id(name.place):
         raise UsageError(
             f"--lora {name}: there is no file {local}, and {name.place!r} is not OWNER/NAME of a Hub repo."

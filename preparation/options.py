@@ -160,6 +160,10 @@ def _cast(plan: Plan, dtype: Dtype) -> Plan:
 
 def open_place(place: str, hub: Hub) -> Origin:
     """A Hub repo, or the folder on this disk that is there or can be nothing else. Raises UsageError."""
+    if "://" in place:
+        raise UsageError(
+            f"{place} cannot be read from here: give a Hub repo (OWNER/NAME) or a folder on this disk."
+        )
     if _is_folder(place):
         return LocalFolder.open(on_this_disk(place))
     return hub.open(place)

@@ -180,7 +180,7 @@ def _plan_single_file(request: Request) -> Plan:
             raise UsageError(
                 f"There is no file {file}. Give a single-file checkpoint, or OWNER/NAME:FILE of one on the Hub."
             )
-        checkpoint = open_checkpoint(LocalFolder.of_file(file), file.resolve().name)
+        checkpoint = open_checkpoint(LocalFolder.of_file(file), file.name)
     named = open_place(request.base, request.hub) if request.base else None
     return plan_single_file(checkpoint, named or find_base(checkpoint, request.hub), request.jobs)
 

@@ -7,6 +7,7 @@ where an interrupted preparation stops them.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -29,10 +30,19 @@ INTERRUPTED = "Interrupted. Run the same command again: finished files are kept.
 
 def end_interrupted() -> NoReturn:
     """Say so and end the process at once: an orderly end would wait for every thread, stalled ones too."""
-    sys.stderr.write(f"\n{INTERRUPTED}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"\n{INTERRUPTED}\n")):
+        if _takes_bytes(stream):
+            stream.write(text)
+            stream.flush()
     os._exit(130)
+
+
+def _takes_bytes(stream: TextIO) -> bool:
+    """Whether writing would not wait for good, as on a terminal that somebody has stopped."""
+    try:
+        return bool(select.select([], [stream.fileno()], [], 1.0)[1])
+    except (OSError, ValueError):  # no file at all
+        return True
 
 
 class Progress:

@@ -37,8 +37,10 @@ def asked_of(request: Request) -> dict[str, Any]:
     Of a local folder or file its own name alone: where a person keeps their files is nobody's business.
     """
     source = request.source
-    if request.place.kind in (SourceKind.FOLDER, SourceKind.FILE):
+    if request.place.kind is SourceKind.FOLDER:
         source = Path(source).expanduser().resolve().name
+    if request.place.kind is SourceKind.FILE:
+        source = Path(source).name
     asked = {
         "source": _USER_INFO.sub("", source),
         "revision": request.revision,

@@ -16,9 +16,10 @@ from preparation.checkpoint import Checkpoint
 from preparation.errors import UsageError
 from preparation.folder import LocalFolder
 from preparation.hub import Hub, HubRepo
-from preparation.lightning import is_lightning, steps_of
+from preparation.lightning import steps_of
 from preparation.origin import Origin
 from preparation.plan import (
+    RECIPE_NAME,
     SCHEDULER_PATH,
     Component,
     Plan,
@@ -27,6 +28,7 @@ from preparation.plan import (
     open_model_index,
     published_texts,
     read_configs,
+    read_recipe,
     recipe_from_configs,
 )
 from preparation.select import select
@@ -56,12 +58,23 @@ def plan_single_file(checkpoint: Checkpoint, base: Origin, jobs: int) -> Plan:
         for module, size in held.items()
         if module not in _left_out(index, architecture)
     }
+    if checkpoint.kind not in (None, *architecture.single_file.kinds):
+        raise UsageError(
+            f"{checkpoint.label} is not of the family of {base.label}, a {architecture.pipeline}: diffusers takes it "
+            f"for {checkpoint.kind!r}. Name another --base, or leave it out."
+        )
     index = _without_absent(index, architecture, held)
     selection = select(base.files, index, base.label, elsewhere=held)
     configs = read_configs(base, selection.configs, jobs)
-    recipe = _recipe(
-        checkpoint, base, {**configs, "model_index.json": base.read("model_index.json")}
-    )
+    given = _given(checkpoint, base)
+    if given and given.pipeline != architecture.pipeline:
+        raise UsageError(
+            f"{RECIPE_NAME} beside {checkpoint.label} or in {base.label} is for a {given.pipeline}, and the model is a "
+            f"{architecture.pipeline}. Correct it, or take it away."
+        )
+    with_index = {**configs, "model_index.json": base.read("model_index.json")}
+    recipe = given or _recipe(checkpoint, base, with_index)
+    recipe = recipe.model_copy(update={"source": _source(checkpoint, base)})
     texts = published_texts(index, configs[SCHEDULER_PATH], recipe)
     return Plan(
         source=checkpoint.label,
@@ -84,6 +97,7 @@ def plan_single_file(checkpoint: Checkpoint, base: Origin, jobs: int) -> Plan:
             ),
         ),
         recipe=recipe,
+        recipe_is_given=given is not None,
     )
 
 
@@ -153,14 +167,32 @@ def _without_absent(
 
 def _recipe(checkpoint: Checkpoint, base: Origin, configs: Mapping[str, bytes]) -> Recipe:
     recipe = recipe_from_configs(configs, base.label)
-    source = _source(checkpoint, base)
-    recipe = recipe.model_copy(update={"source": source})
-    repo = source.repo or ""
-    if is_lightning(repo) and (steps := steps_of(checkpoint.path)):
-        lightning = lightning_recipe(steps, dtype=recipe.dtype, source=source)
+    if steps := steps_of(checkpoint.path.rpartition("/")[2]):
+        lightning = lightning_recipe(steps, dtype=recipe.dtype)
         return lightning.model_copy(update={"native_size": recipe.native_size})
+    recipe = _predicting_velocity(recipe, checkpoint)
+    repo = checkpoint.origin.repo_id if isinstance(checkpoint.origin, HubRepo) else ""
     family = family_of(repo) or (family_of(base.repo_id) if isinstance(base, HubRepo) else None)
     return as_family(recipe, family, checkpoint.label) if family else recipe
+
+
+def _predicting_velocity(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """Finetunes of SDXL that were trained to predict velocity say so by tensors without a use, which ComfyUI heeds."""
+    if "v_pred" not in checkpoint.tensors:
+        return recipe
+    config = {**recipe.scheduler.config, "prediction_type": "v_prediction"}
+    if "ztsnr" in checkpoint.tensors:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = recipe.scheduler.model_copy(update={"config": config})
+    return recipe.model_copy(update={"scheduler": scheduler})
+
+
+def _given(checkpoint: Checkpoint, base: Origin) -> Recipe | None:
+    """The recipe.json beside the file, or the base's."""
+    beside = checkpoint.origin
+    if isinstance(beside, LocalFolder) and (beside.root / RECIPE_NAME).is_file():
+        beside = LocalFolder.of_file(beside.root / RECIPE_NAME)
+    return read_recipe(beside) or read_recipe(base)
 
 
 def _source(checkpoint: Checkpoint, base: Origin) -> Source:

@@ -18,7 +18,7 @@ from preparation.convert import TensorInfo
 from preparation.errors import UsageError
 from preparation.origin import OnBytes
 
-_HALVES = ("F16", "BF16")
+_NAMES = {full: short for short, full in convert.TORCH_NAMES.items()} | {"float64": "F64"}
 
 
 def unpack(
@@ -36,18 +36,24 @@ def unpack(
 ) -> list[Path]:
     """Write one component of the checkpoint `file` into the folder `target`, in shards; returns their paths in order.
 
-    `configs` is a folder with the component's own, as a diffusers model's. The tensors keep the file's dtype (8-bit
-    floats become float16, mixed ones float32) unless `dtype` (safetensors' name) says otherwise.
+    `configs` is a folder with the component's own, as a diffusers model's. The tensors become `dtype` (safetensors'
+    name), or where that is None what `convert.unpacked_dtype` says.
 
     Raises:
-        UsageError: the file does not hold the component that the config describes.
+        UsageError: the file does not hold the component that the config describes, or a value does not fit the dtype.
         PreparationError: the file is damaged, or the disk refuses.
     """
     held = _held(file, architecture.single_file.prefixes[component], label)
-    wide = _common_dtype([info.dtype for info in held])
+    own = convert.unpacked_dtype(held)
     names = [info.name for info in held]
-    tensors = _load(file, names, component, architecture, configs, wide, label)
-    infos = [TensorInfo(file, name, wide, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    tensors = _load(file, names, component, architecture, configs, own, label)
+    infos = [
+        TensorInfo(
+            file, name, _NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
+        )
+        for name, tensor in tensors.items()
+    ]
+    dtype = dtype or own
     shards = convert.plan_shards(infos, dtype, shard_limit)
     target.mkdir(parents=True)
     convert.write_shards(
@@ -61,13 +67,6 @@ def unpack(
 
 def _held(file: Path, prefix: str, label: str) -> list[TensorInfo]:
     return [info for info in convert.read_headers([file], label) if info.name.startswith(prefix)]
-
-
-def _common_dtype(dtypes: list[str]) -> str:
-    """The dtype that holds every value of all of them. Integers do not count: no parameter is one."""
-    floats = {one for one in dtypes if one.startswith(("F", "BF"))}
-    wider = {one for one in floats if not one.startswith("F8")} or {"F16"}
-    return wider.pop() if len(wider) == 1 and wider <= set(_HALVES) else "F32"
 
 
 def _load(
@@ -90,7 +89,11 @@ def _load(
         own = {name: opened.get_tensor(name) for name in names}
     with _explained(label):
         found = take(class_name, own, component, configs, torch_dtype, label)
-        return {name: tensor.to(torch_dtype) for name, tensor in found.items()}
+        # Writing casts, and looks for values that do not fit; 8 bits it does not know.
+        return {
+            name: tensor.to(torch_dtype) if tensor.element_size() == 1 else tensor
+            for name, tensor in found.items()
+        }
 
 
 def _of_diffusers(

@@ -96,7 +96,9 @@ def test_a_folder_beside_the_code_is_where_a_baked_model_is_looked_for(tmp_path,
     with pytest.raises(SettingsError, match="MODEL_BUCKET_NAME is missing"):
         load_runner_settings(without_a_model_bucket())
 
-    (tmp_path / "model").mkdir()
+    (tmp_path / "model").mkdir()  # which may be anything of that name
+    assert load_runner_settings(COMPLETE).model_folder is None
+    (tmp_path / "model/manifest.json").touch()
 
     assert load_runner_settings(COMPLETE).model_folder == tmp_path / "model"
     assert load_runner_settings(without_a_model_bucket()).model_bucket is None

@@ -192,6 +192,7 @@ def test_only_the_header_is_read_for_a_plan(
         for request in loopback_hub.requests
         if request.method == "GET" and request.path.startswith("/lfs/")
     ]
+    assert bodies
     assert set(bodies) <= {"bytes=0-100000"} or all(
         one and one.startswith("bytes=8-") for one in bodies[1:]
     )
@@ -379,3 +380,64 @@ def test_where_a_person_keeps_the_file_is_not_published(run: Prepare, tmp_path: 
     assert source is not None
     assert source.parts == ("one.safetensors", "base")
     assert source.repo is None
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        (("v_pred",), {"prediction_type": "v_prediction", "timestep_spacing": "leading"}),
+        (
+            ("v_pred", "ztsnr"),
+            {
+                "prediction_type": "v_prediction",
+                "timestep_spacing": "trailing",
+                "rescale_betas_zero_snr": True,
+            },
+        ),
+    ],
+)
+def test_a_finetune_that_predicts_velocity_is_run_so(
+    run: Prepare, tmp_path: Path, marks: tuple[str, ...], expected: dict[str, Any]
+) -> None:
+    base = small_sdxl(tmp_path / "base")
+    extra = dict.fromkeys(marks, torch.empty(0))
+    file = write_single_file(base, tmp_path / "one.safetensors", extra=extra)
+
+    prepared = run(file, name="me/one", base=str(base))
+
+    scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(prepared.folder / "scheduler")
+    assert {name: scheduler.config[name] for name in expected} == expected
+
+
+def test_a_recipe_beside_the_file_says_how_it_is_run(run: Prepare, tmp_path: Path) -> None:
+    base = write_small_sdxl(tmp_path / "base", text_2_layers=10)
+    file = write_single_file(base, tmp_path / "mine/one.safetensors")
+    (base / "recipe.json").rename(tmp_path / "mine/recipe.json")
+
+    recipe = run(file, name="me/one", base=str(base)).recipe
+
+    assert (recipe.default_steps, recipe.guidance_free) == (4, True)
+
+
+def test_a_file_behind_a_link_keeps_its_name_and_its_neighbours(
+    run: Prepare, tmp_path: Path
+) -> None:
+    folder = small_sdxl(tmp_path / "snapshots/main")  # as the Hub's cache has it
+    blob = write_single_file(folder, tmp_path / "blobs/0123abcd")
+    (folder / "one.safetensors").symlink_to(blob)
+
+    source = run(folder / "one.safetensors", name="me/one").recipe.source
+
+    assert source is not None
+    assert source.parts == ("one.safetensors", "main")
+
+
+def test_a_stray_tensor_of_another_precision_changes_nothing(run: Prepare, tmp_path: Path) -> None:
+    base = small_sdxl(tmp_path / "base")
+    extra = {"conditioner.embedders.1.model.logit_scale": torch.zeros(1)}
+    file = write_single_file(base, tmp_path / "one.safetensors", dtype=torch.float16, extra=extra)
+
+    prepared = run(file, name="me/one", base=str(base))
+
+    tensors = load_file(prepared.folder / "text_encoder_2/model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}

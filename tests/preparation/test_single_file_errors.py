@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from preparation import PreparationError, Request, UsageError, make_plan
+from demo.small_sdxl import write_small_sdxl
+from preparation import Options, PreparationError, Request, UsageError, make_plan
 from preparation.hub import Hub
 from tests.preparation.conftest import BASE, Prepare
 from tests.preparation.test_single_file import small_sdxl
 from tests.support.hub import LoopbackHub
 from tests.support.single_files import write_single_file
+from tests.support.small_families import write_small_sd1
 
 
 def with_names(folder: Path, *names: str, name: str = "one.safetensors") -> Path:
@@ -120,7 +122,7 @@ def test_a_base_of_another_family_is_refused_and_leaves_nothing(
     config.write_text(config.read_text().replace('"layers_per_block": 1', '"layers_per_block": 2'))
 
     with pytest.raises(
-        UsageError, match=r"unet of .*one\.safetensors (has no|does not fit|: ).*--base"
+        UsageError, match=r"unet of .*one\.safetensors (has no|does not fit|: up_blocks).*--base"
     ):
         run(file, name="me/one", base=str(wider))
 
@@ -192,3 +194,39 @@ def test_a_private_repos_file_needs_a_token(
     assert not any(
         request.authorised for request in loopback_hub.requests if request.path.startswith("/lfs/")
     )
+
+
+def test_a_base_of_another_family_is_refused_before_anything_moves(
+    hub: Hub, tmp_path: Path
+) -> None:
+    file = write_single_file(write_small_sd1(tmp_path / "sd1"), tmp_path / "one.safetensors")
+    base = small_sdxl(tmp_path / "base")
+
+    with pytest.raises(UsageError, match=r"not of the family of .*base.*takes it for 'v1'"):
+        make_plan(Request(str(file), name="me/one", base=str(base), hub=hub))
+
+
+@pytest.mark.parametrize("option", ["base", "vae"])
+def test_what_is_in_a_bucket_cannot_be_part_of_another(
+    hub: Hub, tmp_path: Path, option: str
+) -> None:
+    source = small_sdxl(tmp_path / "source")
+    file = write_single_file(source, tmp_path / "one.safetensors")
+    changes: dict[str, Any] = (
+        {"base": "s3://a/b"}
+        if option == "base"
+        else {"base": str(source), "options": Options(vae="s3://a/b")}
+    )
+
+    with pytest.raises(UsageError, match=r"s3://a/b cannot be read from here"):
+        make_plan(Request(str(file), name="me/one", hub=hub, **changes))
+
+
+def test_a_recipe_for_another_pipeline_is_refused(hub: Hub, tmp_path: Path) -> None:
+    source = write_small_sdxl(tmp_path / "source", text_2_layers=10)
+    file = write_single_file(source, tmp_path / "one.safetensors")
+    recipe = source / "recipe.json"
+    recipe.write_text(recipe.read_text().replace("DiffusionXLPipeline", "DiffusionPipeline"))
+
+    with pytest.raises(UsageError, match=r"recipe\.json .* is for a StableDiffusionPipeline"):
+        make_plan(Request(str(file), name="me/one", base=str(source), hub=hub))
