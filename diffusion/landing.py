@@ -16,6 +16,7 @@ from diffusion.errors import ModelError
 _ALIGNMENT = 64
 
 _NAMED = 3  # examples of each problem in a message
+_PUBLISH_AGAIN = "Publish the model again from a complete diffusers folder"
 
 
 class LandedTensor(Protocol):
@@ -72,7 +73,7 @@ class Problems:
     misshapen: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, advice: str = _PUBLISH_AGAIN) -> None:
         found = [
             f"{len(examples)} {what} ({'; '.join(examples[:_NAMED])}{'; …' * (len(examples) > _NAMED)})"
             for what, examples in (
@@ -84,11 +85,8 @@ class Problems:
             if examples
         ]
         if found:
-            advice = (
-                "Keep one variant of each weight file in the folder"
-                if self.repeated
-                else "Publish the model again from a complete diffusers folder"
-            )
+            if self.repeated:
+                advice = "Keep one variant of each weight file in the folder"
             raise ModelError(
                 f"The model's tensors do not fit its configs: {', '.join(found)}. {advice}."
             )

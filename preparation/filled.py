@@ -44,7 +44,7 @@ def fill(
                     landing.take(_Landed(info, tensor), problems)
     landing.finish(problems)
     try:
-        problems.raise_if_any()
+        problems.raise_if_any("Its weights and its config are not of one model: get both again")
     except ModelError as error:
         raise UsageError(f"{label}: {error}") from error
     # Older files hold buffers too that a module computes: those stay as they are.

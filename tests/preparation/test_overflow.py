@@ -29,7 +29,7 @@ from preparation.hub import Hub
 from preparation.largest import largest_number
 from preparation.overflow import FLOAT16_MAX, MARGIN
 from settings import load_source_settings
-from tests.preparation.conftest import FINETUNE, VAE, Models, Ran
+from tests.preparation.conftest import FINETUNE, VAE, Models, Prepare, Ran
 from tests.preparation.sources import put_folder
 from tests.support.hub import LoopbackHub
 from tests.support.small_families import stock_pipeline, write_small_sd3, write_small_sd_turbo
@@ -374,3 +374,14 @@ def test_a_dry_run_says_that_the_config_may_change(
 
     assert ran.code == 0, ran.err
     assert "vae/config.json (with force_upcast set, should the VAE overflow float16)" in ran.out
+
+
+def test_a_vae_that_its_config_does_not_describe_is_the_sources_fault(
+    run: Prepare, models: Models, own: Callable[[Path], Path]
+) -> None:
+    folder = own(models.full)
+    config = folder / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_per_block": 2}))
+
+    with pytest.raises(UsageError, match=r"vae of .* not of one model: get both again"):
+        run(folder, name="me/model")
