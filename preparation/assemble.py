@@ -25,6 +25,7 @@ from preparation.plan import Component, Plan
 from preparation.progress import Progress
 from preparation.stages import Stage
 from preparation.unpack import unpack
+from weights.remembered import Remembered
 
 # Hidden, so it is never published. It says that the folder is ours to replace, and from what it was made.
 MARKER_NAME = ".prepared.json"
@@ -72,16 +73,23 @@ def assemble(plan: Plan, folder: Path, *, jobs: int, progress: Progress) -> Prep
         )
     with _disk_errors(folder):
         _check_space(plan, folder)
-        local = _fetch(plan, jobs, progress)
+        remembered = digests_of(folder)
+        local = _fetch(plan, jobs, progress, remembered)
         building = folder.with_name(f"{folder.name}.partial")
         _remove(building)
         try:
             recipe = _build(plan, local, building, progress)
             _remove(folder)
             building.rename(folder)
+            remembered.linked(file.stat() for file in folder.rglob("*") if file.is_file())
         finally:
             _remove(building)
     return Prepared(folder, recipe)
+
+
+def digests_of(folder: Path) -> Remembered:
+    """What is known of the files in a prepared folder, and of those it was made from."""
+    return Remembered(folder.with_name(f"{folder.name}.digests.json"))
 
 
 def is_rewritten(component: Component, plan: Plan) -> bool:
@@ -99,7 +107,7 @@ def _is_too_large(component: Component, shard_limit: int) -> bool:
 Local = Mapping[tuple[int, str], Path]  # by the origin's id and the path in it
 
 
-def _fetch(plan: Plan, jobs: int, progress: Progress) -> Local:
+def _fetch(plan: Plan, jobs: int, progress: Progress, remembered: Remembered) -> Local:
     fetched = plan.fetched()
     missing = {id(origin): origin.missing(paths) for origin, paths in fetched}
     total = sum(origin.files[path] for origin, _ in fetched for path in missing[id(origin)])
@@ -113,7 +121,7 @@ def _fetch(plan: Plan, jobs: int, progress: Progress) -> Local:
     with progress.stage("Check", total) as stage:
         for origin, paths in arrived:
             places = {path: local[id(origin), path] for path in paths}
-            origin.check(places, jobs=jobs, on_bytes=stage.advance)
+            origin.check(places, jobs=jobs, on_bytes=stage.advance, remembered=remembered)
     return local
 
 

@@ -24,6 +24,7 @@ from weights import Bucket, BucketError, Manifest, ManifestError, WeightsError
 from weights.chunk_reader import ChunkReader
 from weights.chunks import SnapshotFile
 from weights.manifest import FORMAT, LATEST_NAME, MANIFEST_NAME, parse_latest, parse_manifest
+from weights.remembered import Remembered
 from weights.snapshot import LATEST_LIMIT, MANIFEST_LIMIT
 
 _SHOWN = 5  # names of what is there, where it is not what was looked for
@@ -79,9 +80,12 @@ class BucketOrigin:
                 download.download(wanted, reading, on_bytes=on_bytes, explained=self._explain)
         return {path: blob.place for path, blob in blobs.items()}
 
-    def check(self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes) -> None:
+    def check(
+        self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes, remembered: Remembered
+    ) -> None:
+        blobs = [self._blob(path) for path in paths]
         with self._disk_errors():
-            download.check([self._blob(path) for path in paths], jobs=jobs, on_bytes=on_bytes)
+            download.check(blobs, jobs=jobs, on_bytes=on_bytes, remembered=remembered)
 
     def fingerprint(self, path: str) -> str:
         file = self.objects[path]

@@ -24,6 +24,7 @@ from weights.chunk_reader import ChunkReader
 from weights.chunks import Chunk, SnapshotFile
 from weights.digests import chunk_digest
 from weights.errors import WeightsError
+from weights.remembered import Remembered
 
 _LINE = re.compile(r"(\d{1,9}) ([0-9a-f]{64})")
 _READABLE = 60  # characters of a file's own name in the name it is kept under
@@ -86,25 +87,22 @@ def download(
         reading.each([chunk for part in parts.values() for chunk in part.missing.values()], bring)
 
 
-def check(blobs: Iterable[Blob], *, jobs: int, on_bytes: OnBytes) -> None:
+def check(blobs: Iterable[Blob], *, jobs: int, on_bytes: OnBytes, remembered: Remembered) -> None:
     """Read the files again and compare them with the digests that were written down as they landed.
 
-    Raises PreparationError, naming a file that is not what it was.
+    All their digests go into `remembered`. Raises PreparationError, naming a file that is not what it was.
     """
-    for_each(blobs, lambda blob: _check(blob, on_bytes), jobs=jobs)
+    for_each(blobs, lambda blob: _check(blob, on_bytes, remembered), jobs=jobs)
 
 
-def _check(blob: Blob, on_bytes: OnBytes) -> None:
-    expected = _logged(blob)
-    with blob.place.open("rb") as content:
-        for chunk in blob.file.chunks():
-            data = content.read(chunk.length)
-            if chunk_digest([data]) != (chunk.digest or expected.get(chunk.index)):
-                raise PreparationError(
-                    f"{blob.file.path} is damaged on this disk: it is not what was downloaded. Delete {blob.place} "
-                    "and run the same command again."
-                )
-            on_bytes(len(data))
+def _check(blob: Blob, on_bytes: OnBytes, remembered: Remembered) -> None:
+    logged = _logged(blob)
+    expected = [chunk.digest or logged.get(chunk.index) for chunk in blob.file.chunks()]
+    if list(remembered.read(blob.place, on_bytes).chunks) != expected:
+        raise PreparationError(
+            f"{blob.file.path} is damaged on this disk: it is not what was downloaded. Delete {blob.place} "
+            "and run the same command again."
+        )
 
 
 def _logged(blob: Blob) -> Mapping[int, str]:

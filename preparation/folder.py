@@ -9,6 +9,7 @@ from pathlib import Path
 
 from preparation.errors import PreparationError, UsageError
 from preparation.origin import OnBytes
+from weights.remembered import Remembered
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class LocalFolder:
     ) -> dict[str, Path]:
         return {path: (self.root / path).resolve() for path in paths}
 
-    def check(self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes) -> None:
+    def check(
+        self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes, remembered: Remembered
+    ) -> None:
         """A folder states no digests; publishing computes them."""
 
     def fingerprint(self, path: str) -> str:

@@ -34,10 +34,10 @@ from tqdm.auto import tqdm
 from preparation.errors import PreparationError, UsageError
 from preparation.origin import OnBytes
 from preparation.parallel import for_each
+from weights.remembered import Remembered
 
 E = TypeVar("E", bound=BaseException)
 
-_READ_SIZE = 8 * 1024 * 1024
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Written into the cache together with the listing, so that a later run can work offline.
 _ALWAYS = ["README.md", "model_index.json"]
@@ -218,9 +218,11 @@ class HubRepo:
             raise
         return dict(zip(wanted, fetched, strict=True))
 
-    def check(self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes) -> None:
+    def check(
+        self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes, remembered: Remembered
+    ) -> None:
         """The cache names each file after the digest that the Hub gave for it; the Hub's client checks sizes only."""
-        for_each(paths.items(), lambda item: self._check(*item, on_bytes), jobs=jobs)
+        for_each(paths.items(), lambda item: self._check(*item, on_bytes, remembered), jobs=jobs)
 
     def fingerprint(self, path: str) -> str:
         return f"{self.repo_id}@{self.commit}/{path}"
@@ -260,25 +262,22 @@ class HubRepo:
                 if _identity(file.stat()) in ours:
                     file.unlink()
 
-    def _check(self, path: str, pointer: Path, on_bytes: OnBytes) -> None:
+    def _check(self, path: str, pointer: Path, on_bytes: OnBytes, remembered: Remembered) -> None:
         expected = pointer.readlink().name if pointer.is_symlink() else ""
-        size = pointer.stat().st_size
         if re.fullmatch(r"[0-9a-f]{64}", expected):
-            digest = hashlib.sha256()
+            digest = remembered.read(pointer, on_bytes).sha256
         elif re.fullmatch(r"[0-9a-f]{40}", expected):
+            content = pointer.read_bytes()  # small: what is large has a SHA-256
             digest = hashlib.sha1(
-                f"blob {size}\0".encode(), usedforsecurity=False
-            )  # as git names a file
+                f"blob {len(content)}\0".encode() + content, usedforsecurity=False
+            ).hexdigest()  # as git names a file
+            on_bytes(len(content))
         else:  # a cache without links (Windows) has lost the digest
-            on_bytes(size)
+            on_bytes(pointer.stat().st_size)
             return
-        with pointer.open("rb") as file:
-            while block := file.read(_READ_SIZE):
-                digest.update(block)
-                on_bytes(len(block))
-        if digest.hexdigest() != expected:
+        if digest != expected:
             raise PreparationError(
-                f"{path} of {self.repo_id} is damaged on this disk: its digest is {digest.hexdigest()}, the Hub gives "
+                f"{path} of {self.repo_id} is damaged on this disk: its digest is {digest}, the Hub gives "
                 f"{expected}. Delete {pointer.resolve()} and run the same command again."
             )
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from weights.remembered import Remembered
+
 OnBytes = Callable[[int], None]
 
 
@@ -40,8 +42,13 @@ class Origin(Protocol):
     def fetch(self, paths: Iterable[str], *, jobs: int, on_bytes: OnBytes) -> dict[str, Path]:
         """Bring the files onto this disk; `on_bytes` hears of every byte that had to move."""
 
-    def check(self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes) -> None:
-        """Compare fetched files with the digests their origin gives, where it gives any."""
+    def check(
+        self, paths: Mapping[str, Path], *, jobs: int, on_bytes: OnBytes, remembered: Remembered
+    ) -> None:
+        """Compare fetched files with the digests their origin gives, where it gives any.
+
+        The digests by which they will be published, computed along the way, go into `remembered`.
+        """
 
     def fingerprint(self, path: str) -> str:
         """Changes whenever the file's content does."""

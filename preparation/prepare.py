@@ -13,7 +13,7 @@ from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
 from diffusion.errors import DiffusionError, ModelError
 from diffusion.recipe import Recipe, Source
-from preparation.assemble import Prepared, assemble, find_prepared
+from preparation.assemble import Prepared, assemble, digests_of, find_prepared
 from preparation.bucket_origin import BucketOrigin
 from preparation.checkpoint import open_checkpoint
 from preparation.errors import PreparationError, UsageError
@@ -43,7 +43,6 @@ from weights import (
 )
 from weights.manifest import check_path
 from weights.prune import Pruning, StoredVersion, plan_pruning, prune
-from weights.remembered import Remembered
 
 DEFAULT_FOLDER = Path("~/.cache/lightning-in-a-bucket")
 DEFAULT_JOBS = 8
@@ -250,7 +249,7 @@ def compare(
                 "options": asked_of(request),
                 "tools": tools(),
             },
-            remembered=Remembered(folder.with_name(f"{folder.name}.digests.json")),
+            remembered=digests_of(folder),
             repair=request.repair,
             jobs=request.jobs,
             on_bytes=stage.advance,

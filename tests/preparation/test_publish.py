@@ -12,10 +12,13 @@ from diffusers import StableDiffusionXLPipeline
 
 from demo.s3 import EmbeddedS3
 from preparation import Progress, Request, compare, make_plan, prepare, upload
+from preparation.assemble import digests_of
 from preparation.hub import Hub
-from tests.preparation.conftest import BASE, LIGHTNING, VAE, Models
+from settings import load_source_settings
+from tests.preparation.conftest import BASE, FINETUNE, LIGHTNING, VAE, Models
 from tests.support.hub import LoopbackHub
 from weights import Bucket, Publication, find_snapshot
+from weights.digests import describe_file
 
 Publish = Callable[..., Publication]
 
@@ -94,3 +97,37 @@ def test_one_changed_file_uploads_one_file(
     second = publish(folder, name="me/model")
     assert [entry.path for entry in second.uploads] == ["vae/config.json"]
     assert not second.unchanged
+
+
+@pytest.mark.parametrize("place", ["Hub", "bucket"])
+def test_what_was_checked_as_it_came_is_not_read_again_to_be_hashed(
+    loopback_hub: LoopbackHub,
+    models: Models,
+    hub: Hub,
+    publish: Publish,
+    bucket: Bucket,
+    s3: EmbeddedS3,
+    tmp_path: Path,
+    quiet: Progress,
+    place: str,
+) -> None:
+    # given weights that are taken as they are
+    loopback_hub.add(FINETUNE, models.finetune)
+    source = FINETUNE
+    if place == "bucket":
+        publish(FINETUNE, folder=tmp_path / "first")
+        source = f"s3://{bucket.name}/{FINETUNE}"
+    access = load_source_settings(s3.environment())
+    request = Request(source, name="me/model", hub=hub, folder=tmp_path / "prepared", access=access)
+    # when
+    folder = prepare(request, make_plan(request), quiet).folder
+    # then their digests are known, each by its file, before anything is published
+    known = digests_of(folder)
+    weights = [file for file in folder.rglob("*.safetensors") if file.stat().st_size > 1_000_000]
+    assert len(weights) > 1
+    for file in weights:
+        path = file.relative_to(folder).as_posix()
+        assert known.recall(path, file.stat()) == describe_file(file, path)
+    # and one that is written to afterwards is not believed
+    weights[0].write_bytes(weights[0].read_bytes()[:-1] + b"x")
+    assert known.recall("any", weights[0].stat()) is None

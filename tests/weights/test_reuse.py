@@ -152,6 +152,46 @@ def test_a_file_that_was_touched_is_hashed_again(bucket, own_model, tmp_path, ke
     assert again.version != first.version
 
 
+def test_a_file_is_known_under_another_name_too_once_it_is_said_to_be_linked(own_model, tmp_path):
+    remembered = Remembered(tmp_path / "digests.json")
+    found = remembered.read(own_model / UNET)
+    link = tmp_path / "link"
+    link.hardlink_to(own_model / UNET)
+    assert remembered.recall("other/name", link.stat()) is None  # one of its times has changed
+
+    remembered.linked([link.stat()])
+
+    known = Remembered(tmp_path / "digests.json").recall("other/name", link.stat())
+    assert known == found.model_copy(update={"path": "other/name"})
+
+
+def test_a_file_that_was_written_to_meanwhile_is_not_known_by_its_link(own_model, tmp_path):
+    remembered = Remembered(tmp_path / "digests.json")
+    remembered.read(own_model / UNET)
+    (own_model / UNET).write_bytes((own_model / UNET).read_bytes()[:-1] + b"x")
+    link = tmp_path / "link"
+    link.hardlink_to(own_model / UNET)
+    copy = tmp_path / "copy"
+    copy.write_bytes(link.read_bytes())
+
+    remembered.linked([link.stat(), copy.stat()])
+
+    assert remembered.recall(UNET, link.stat()) is None
+    assert remembered.recall(UNET, copy.stat()) is None
+
+
+def test_of_very_many_files_the_oldest_are_forgotten(own_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("weights.remembered._MOST", 1)
+    remembered = Remembered(tmp_path / "digests.json")
+    other = tmp_path / "other"
+    other.write_bytes(bytes(2_000_000))
+    remembered.read(other)
+    remembered.read(own_model / UNET)
+
+    assert remembered.recall("other", other.stat()) is None
+    assert remembered.recall(UNET, (own_model / UNET).stat()) is not None
+
+
 def test_repairing_hashes_what_is_remembered_too(bucket, own_model, tmp_path):
     remembered_plan(bucket, own_model, tmp_path / "digests.json")
 
