@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ PART_SIZE: Final = 2 * CHUNK_SIZE
 BLOCK_SIZE: Final = 256 * 1024
 
 Progress = Callable[[int], None]
+OnParts = Callable[[str, tuple[str, ...]], None]  # a file's path, and the SHA-256s of its parts
 
 
 def chunk_digest(parts: Iterable[memoryview | bytes]) -> str:
@@ -35,47 +36,70 @@ def chunk_digest(parts: Iterable[memoryview | bytes]) -> str:
     return hasher.hexdigest()
 
 
-@dataclass(frozen=True)
-class PartDigests:
-    """The SHA-256s that the requests for a file's parts will be signed with, by its path, for files of several parts.
-
-    They are `found` in bytes that are read and hashed anyway, unless the receiver has the file's first chunk, by the
-    digests it is known to have (`held`): then it most likely has all of it.
-    """
-
-    held: Collection[str] = ()
-    found: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
 def describe_file(
-    file: Path, path: str, on_bytes: Progress | None = None, parts: PartDigests | None = None
+    file: Path, path: str, on_bytes: Progress | None = None, on_parts: OnParts | None = None
 ) -> FileEntry:
-    """Read `file` once and return its entry under `path`. Raises OSError, and ValueError for a forbidden path."""
+    """Read `file` once and return its entry under `path`; `on_parts` is told the SHA-256 of each part to be sent.
+
+    Raises OSError, and ValueError for a forbidden path.
+    """
     sha256 = part = hashlib.sha256()  # of the first part it is the same
-    chunk = blake3()
-    chunks, signed = [], []
+    chunks: list[str] = []
+    parts: list[str] = []
     size = 0
-    block = memoryview(bytearray(BLOCK_SIZE))
+
+    def take(block: memoryview) -> None:
+        nonlocal part, size
+        if on_parts and size and size % PART_SIZE == 0:
+            parts.append(part.hexdigest())
+            part = hashlib.sha256()
+        sha256.update(block)
+        if part is not sha256:
+            part.update(block)
+        size += len(block)
+        if on_bytes:
+            on_bytes(len(block))
+
     with file.open("rb", buffering=0) as source:
-        while read := read_block(source.fileno(), size, block):
-            if size and size % CHUNK_SIZE == 0:
-                chunks.append(chunk.hexdigest())
-                chunk = blake3()
-            if size and size % PART_SIZE == 0 and parts and chunks[0] not in parts.held:
-                signed.append(part.hexdigest())
-                part = hashlib.sha256()
-            sha256.update(read)
-            chunk.update(read)
-            if part is not sha256:
-                part.update(read)
-            size += len(read)
-            if on_bytes:
-                on_bytes(len(read))
-    if size:
-        chunks.append(chunk.hexdigest())
-    if parts and signed:
-        parts.found[path] = (*signed, part.hexdigest())
+        chunks += _chunk_digests(source.fileno(), take)
+    if on_parts:
+        on_parts(path, (*parts, part.hexdigest()))
     return FileEntry(path=path, size=size, sha256=sha256.hexdigest(), chunks=tuple(chunks))
+
+
+def consists_of(file: Path, chunks: Sequence[str], on_bytes: Progress | None = None) -> bool:
+    """Whether these are the BLAKE3s of the file's chunks: a third of the work of describing it, or less, since it is
+    read to the first difference. `on_bytes` takes all back then. Raises OSError."""
+    size = 0
+
+    def take(block: memoryview) -> None:
+        nonlocal size
+        size += len(block)
+        if on_bytes:
+            on_bytes(len(block))
+
+    with file.open("rb", buffering=0) as source:
+        found = _chunk_digests(source.fileno(), take)
+        is_same = all(one == other for one, other in zip_longest(found, chunks))
+    if on_bytes and not is_same:
+        on_bytes(-size)
+    return is_same
+
+
+def _chunk_digests(descriptor: int, take: Callable[[memoryview], None]) -> Iterator[str]:
+    """The BLAKE3 of one chunk after the other; `take` gets every block of them, to keep until it returns."""
+    block = memoryview(bytearray(BLOCK_SIZE))
+    position = 0
+    while True:
+        hasher = blake3()
+        start = position
+        while position < start + CHUNK_SIZE and (read := read_block(descriptor, position, block)):
+            hasher.update(read)
+            take(read)
+            position += len(read)
+        if position == start:
+            return
+        yield hasher.hexdigest()
 
 
 def read_block(descriptor: int, position: int, block: memoryview) -> memoryview:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
-from weights.digests import PartDigests, Progress, describe_file
+from weights.digests import OnParts, Progress, consists_of, describe_file
 from weights.errors import FolderError
 from weights.manifest import LATEST_NAME, MANIFEST_NAME, FileEntry, is_pickle
 from weights.parallel import run_all
 from weights.remembered import Remembered
+
+_NOTHING: Mapping[str, FileEntry] = MappingProxyType({})
 
 
 def hash_folder(
@@ -20,22 +23,35 @@ def hash_folder(
     jobs: int = 8,
     on_bytes: Progress | None = None,
     on_entry: Callable[[FileEntry], None] | None = None,
+    on_parts: OnParts | None = None,
     remembered: Remembered | None = None,
-    parts: PartDigests | None = None,
+    known: Mapping[str, FileEntry] = _NOTHING,
 ) -> tuple[FileEntry, ...]:
     """The entries of every file under `folder`, ordered by path. `on_bytes` is told of bytes as they are hashed, and
     `on_entry` of every file, on the thread that has hashed it.
 
-    What is `remembered` of files that nobody has touched is not computed again; what it takes to send the others goes
-    into `parts`. Hidden files are left out, and so is a manifest that `pull` left there. Raises FolderError for what
-    must not be published: a pickle, a link that leads out of the folder, a name that S3 or another system misreads.
+    What is `remembered` of files that nobody has touched is not computed again. A file that consists of the chunks of
+    the entry `known` by its path has that one's SHA-256 too; of every other that is read, `on_parts` is told the parts.
+    Hidden files are left out, and so is a manifest that `pull` left there. Raises FolderError for what must not be
+    published: a pickle, a link that leads out of the folder, a name S3 or another system could misread.
     """
     # The largest first: SHA-256 has no parts that could be shared, so the last file to begin is to be a short one.
     sizes = {path: _status(folder / path).st_size for path in publishable_files(folder)}
     paths = sorted(sizes, key=lambda path: -sizes[path])
 
     def describe(path: str) -> FileEntry:
-        entry = _describe(folder / path, path, on_bytes, remembered, parts)
+        file = folder / path
+        before = _status(file)
+        entry = remembered.recall(path, before) if remembered else None
+        if entry is None:
+            likely = known.get(path)
+            if likely and likely.size != before.st_size:
+                likely = None
+            entry = _read(file, path, likely, on_bytes, on_parts)
+            if remembered:
+                remembered.keep(entry, before, _status(file))
+        elif on_bytes:
+            on_bytes(entry.size)
         if on_entry:
             on_entry(entry)
         return entry
@@ -88,27 +104,21 @@ def _refuse(error: OSError) -> None:
     raise FolderError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
-def _describe(
+def _read(
     file: Path,
     path: str,
+    likely: FileEntry | None,
     on_bytes: Progress | None,
-    remembered: Remembered | None,
-    parts: PartDigests | None,
+    on_parts: OnParts | None,
 ) -> FileEntry:
-    before = _status(file)
-    if remembered and (entry := remembered.recall(path, before)):
-        if on_bytes:
-            on_bytes(entry.size)
-        return entry
     try:
-        entry = describe_file(file, path, on_bytes, parts)
+        if likely and consists_of(file, likely.chunks, on_bytes):
+            return likely
+        return describe_file(file, path, on_bytes, on_parts)
     except OSError as error:
         raise FolderError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
         raise FolderError(f"cannot publish {file}: {error}") from None
-    if remembered:
-        remembered.keep(entry, before, _status(file))
-    return entry
 
 
 def _status(file: Path) -> os.stat_result:

@@ -16,7 +16,7 @@ from typing import Any
 from weights.activation import succeed
 from weights.bucket import Bucket
 from weights.difference import Difference, difference
-from weights.digests import PartDigests, Progress
+from weights.digests import Progress
 from weights.errors import (
     BucketError,
     FolderError,
@@ -114,22 +114,23 @@ def plan_publication(
     """
     active = _served_version(bucket, model_path)
     previous = _manifest_of(bucket, model_path, active)
-    served = frozenset(previous.files if previous and not repair else ())
+    served = {entry.path: entry for entry in previous.files} if previous and not repair else {}
     still_there: dict[FileEntry, bool] = {}
+    part_digests: dict[str, tuple[str, ...]] = {}
 
     def look_at_served(entry: FileEntry) -> None:
         """While others are being hashed: most often nothing has changed, and all looks are done when they are."""
-        if entry in served:
+        if entry == served.get(entry.path):
             still_there[entry] = is_there(bucket, f"{model_path}/{active}/{entry.path}", entry)
 
-    parts = PartDigests(held={entry.chunks[0] for entry in served if entry.chunks})
     entries = hash_folder(
         folder,
         jobs=jobs,
         on_bytes=on_bytes,
         on_entry=look_at_served,
+        on_parts=part_digests.__setitem__,
         remembered=None if repair else remembered,
-        parts=parts,
+        known=served,
     )
     manifest = make_manifest(entries, recipe)
     version = manifest.version
@@ -163,7 +164,7 @@ def plan_publication(
         previous_version=active,
         previous=previous,
         provenance=provenance,
-        part_digests=parts.found,
+        part_digests=part_digests,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from weights.bucket import Bucket
 from weights.chunk_reader import ChunkReader
 from weights.chunks import Chunk, SnapshotFile
-from weights.digests import Progress, describe_file
+from weights.digests import Progress, consists_of
 from weights.errors import (
     BucketError,
     CorruptObjectError,
@@ -148,7 +148,7 @@ def _is_right(target: Path, file: SnapshotFile, on_bytes: Progress | None) -> bo
     if file.digests is None or not target.is_file() or target.stat().st_size != file.size:
         return False
     with _disk_errors(target):
-        if describe_file(target, file.path).chunks != file.digests:
+        if not consists_of(target, file.digests):
             return False
     if on_bytes:
         on_bytes(file.size)

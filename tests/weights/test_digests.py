@@ -6,7 +6,7 @@ import pytest
 from blake3 import blake3
 
 from weights.chunks import CHUNK_SIZE
-from weights.digests import PART_SIZE, PartDigests, describe_file
+from weights.digests import PART_SIZE, consists_of, describe_file
 
 
 def write_file(folder, size):
@@ -29,28 +29,45 @@ def test_a_file_is_described_by_sha256_and_one_blake3_a_chunk(tmp_path, size):
     ]
 
 
-@pytest.mark.parametrize("size", [PART_SIZE + 1, 2 * PART_SIZE, 2 * PART_SIZE + 1])
+@pytest.mark.parametrize("size", [0, 1, PART_SIZE, PART_SIZE + 1, 2 * PART_SIZE])
 def test_along_the_way_every_part_gets_the_sha256_it_will_be_signed_with(tmp_path, size):
     file, data = write_file(tmp_path, size)
-    parts = PartDigests()
+    told = {}
 
-    entry = describe_file(file, "unet/file", parts=parts)
+    entry = describe_file(file, "unet/file", on_parts=told.__setitem__)
 
-    assert parts.found == {
-        "unet/file": tuple(
-            hashlib.sha256(data[start : start + PART_SIZE]).hexdigest()
-            for start in range(0, size, PART_SIZE)
-        )
-    }
+    parts = [data[start : start + PART_SIZE] for start in range(0, size, PART_SIZE)] or [b""]
+    assert told == {"unet/file": tuple(hashlib.sha256(part).hexdigest() for part in parts)}
     assert entry == describe_file(file, "unet/file")
 
 
-def test_parts_are_not_hashed_for_whoever_has_the_beginning_or_is_sent_the_whole(tmp_path):
-    file, _ = write_file(tmp_path, PART_SIZE + 1)
-    first, *_ = describe_file(file, "unet/file").chunks
-    parts = PartDigests(held={first})
-    describe_file(file, "unet/file", parts=parts)
-    file, _ = write_file(tmp_path, PART_SIZE)
-    describe_file(file, "unet/file", parts=parts)
+@pytest.mark.parametrize("size", [0, 1, CHUNK_SIZE, CHUNK_SIZE + 1])
+def test_a_file_consists_of_its_own_chunks(tmp_path, size):
+    file, _ = write_file(tmp_path, size)
+    chunks = describe_file(file, "file").chunks
+    told = []
 
-    assert parts.found == {}
+    assert consists_of(file, chunks, told.append)
+    assert sum(told) == size
+
+
+@pytest.mark.parametrize(
+    ("spoil", "read"),
+    [
+        (lambda data: b"x" + data[1:], CHUNK_SIZE),
+        (lambda data: data[:-1] + b"x", 2 * CHUNK_SIZE + 1),
+        (lambda data: data[:-1], 2 * CHUNK_SIZE),
+        (lambda data: data + b"x", 2 * CHUNK_SIZE + 2),
+        (lambda data: data[:CHUNK_SIZE], CHUNK_SIZE),
+        (lambda data: b"", 0),
+    ],
+)
+def test_a_file_is_read_to_the_first_chunk_that_is_another(tmp_path, spoil, read):
+    file, data = write_file(tmp_path, 2 * CHUNK_SIZE + 1)
+    chunks = describe_file(file, "file").chunks
+    file.write_bytes(spoil(data))
+    told = []
+
+    assert not consists_of(file, chunks, told.append)
+    assert sum(told) == 0  # it is going to be read again
+    assert sum(count for count in told if count > 0) == read

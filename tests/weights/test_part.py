@@ -8,9 +8,9 @@ import random
 import pytest
 
 from weights.chunks import CHUNK_SIZE
-from weights.digests import BLOCK_SIZE, PART_SIZE, describe_file
+from weights.digests import PART_SIZE, describe_file
 from weights.errors import FolderError
-from weights.part import FilePart
+from weights.part import BLOCK_SIZE, FilePart
 
 SIZE = PART_SIZE + CHUNK_SIZE + 3 * BLOCK_SIZE // 2
 

@@ -24,6 +24,7 @@ from weights import (
 )
 from weights.listing import list_versions
 from weights.pull import verify
+from weights.remembered import Remembered
 from weights.upload import PART_SIZE, is_there
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -200,22 +201,35 @@ def test_what_is_sent_is_signed_with_its_own_sha256(bucket, large_model, signed,
 
 def test_a_part_whose_sha256_is_known_is_not_read_once_more_to_sign_it(bucket, large_model, signed):
     publication = plan_publication(large_model, bucket, MODEL, RECIPE)
-    assert {path: len(parts) for path, parts in publication.part_digests.items()} == {UNET: 3}
+    assert len(publication.part_digests[UNET]) == 3
 
     publish(replace(publication, part_digests={UNET: ["0" * 64, "1" * 64, "2" * 64]}))
 
     assert [signed[publication.key(UNET), number][0] for number in (1, 2, 3)] == ["0", "1", "2"]
 
 
-def test_parts_are_hashed_along_for_what_will_most_likely_be_sent(bucket, large_model):
-    publish_folder(bucket, large_model)
+def test_only_what_the_served_version_lacks_is_hashed_in_full(bucket, own_model):
+    """A file that has its BLAKE3s is that file. To repair, all are read for themselves."""
+    first = publish_folder(bucket, own_model)
+    (own_model / "vae" / "config.json").write_text(
+        '{"_class_name": "Somewhere"}'
+    )  # of the same size
 
-    assert not plan_publication(large_model, bucket, MODEL, RECIPE).part_digests
-    repair = plan_publication(large_model, bucket, MODEL, RECIPE, repair=True)
-    assert set(repair.part_digests) == {UNET}
-    weights = (large_model / UNET).read_bytes()
-    (large_model / UNET).write_bytes(weights[:1000] + b"x" + weights[1001:])
-    assert set(plan_publication(large_model, bucket, MODEL, RECIPE).part_digests) == {UNET}
+    second = plan_publication(own_model, bucket, MODEL, RECIPE)
+    repair = plan_publication(own_model, bucket, MODEL, RECIPE, repair=True)
+
+    assert set(second.part_digests) == {"vae/config.json"}
+    assert set(repair.part_digests) == {entry.path for entry in first.files}
+    assert second.manifest == repair.manifest
+
+
+def test_what_is_taken_from_the_served_manifest_is_remembered(bucket, own_model, tmp_path):
+    publish_folder(bucket, own_model)
+    remembered = Remembered(tmp_path / "digests.json")
+
+    plan_publication(own_model, bucket, MODEL, RECIPE, remembered=remembered)
+
+    assert remembered.recall(UNET, (own_model / UNET).stat()) is not None
 
 
 def test_a_bucket_that_is_not_there_is_found_before_anything_is_hashed(bucket_for, model):
