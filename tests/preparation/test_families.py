@@ -13,19 +13,18 @@ import torch
 from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler
 
 from demo.small_sdxl import write_small_sdxl
-from diffusion.build import build_pipeline
-from diffusion.engine import Engine, GenerationRequest
-from diffusion.recipe import Recipe
+from diffusion.engine import GenerationRequest
 from preparation import Progress, Request, UsageError, compare, make_plan, upload
 from preparation.hub import Hub
 from tests.preparation.conftest import Prepare
+from tests.preparation.served import served
 from tests.support.hub import LoopbackHub
 from tests.support.small_families import (
     stock_pipeline,
     write_small_sd3,
     write_small_sd_turbo,
 )
-from weights import Bucket, open_model
+from weights import Bucket
 
 PROMPT = "a golden fox over the castle"
 SIZE = {"width": 64, "height": 64}
@@ -92,17 +91,8 @@ def test_a_known_repo_goes_from_the_hub_to_the_pixels_its_authors_get(
 
     prepared = run(known.repo)
     upload(request, compare(request, prepared, bucket, quiet), quiet)
-    with open_model(bucket, known.repo) as stream:
-        assert stream.recipe is not None
-        recipe = Recipe.model_validate(stream.recipe)
-        pipeline = build_pipeline(
-            stream.configs(),
-            stream.tensors(),
-            recipe,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-    (made,) = Engine(pipeline, recipe).generate(GenerationRequest(PROMPT, **SIZE, seed=5))
+    engine = served(bucket, known.repo)
+    (made,) = engine.generate(GenerationRequest(PROMPT, **SIZE, seed=5))
 
     assert (made.steps, made.guidance_scale) == (known.call["steps"], known.call["guidance_scale"])
     expected = stock_pipeline(source)(

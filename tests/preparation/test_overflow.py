@@ -19,10 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from demo.s3 import EmbeddedS3
 from demo.small_sdxl import write_small_sdxl
-from diffusion.build import build_pipeline
-from diffusion.engine import Engine, GenerationRequest
+from diffusion.engine import GenerationRequest
 from diffusion.latents import unscaled
-from diffusion.recipe import Recipe
 from preparation import Options, Progress, Request, UsageError, compare, make_plan, prepare, upload
 from preparation.assemble import Prepared
 from preparation.hub import Hub
@@ -30,10 +28,11 @@ from preparation.largest import largest_number
 from preparation.overflow import FLOAT16_MAX, MARGIN
 from settings import load_source_settings
 from tests.preparation.conftest import FINETUNE, VAE, Models, Prepare, Ran
+from tests.preparation.served import served as engine_of
 from tests.preparation.sources import put_folder
 from tests.support.hub import LoopbackHub
 from tests.support.small_families import stock_pipeline, write_small_sd3, write_small_sd_turbo
-from weights import Bucket, open_model
+from weights import Bucket
 
 Own = Callable[[Path], Path]
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
@@ -134,17 +133,8 @@ def served(bucket: Bucket, quiet: Progress) -> Served:
     def image(prepared: Prepared) -> np.ndarray:
         request = Request("unused", name="me/model")
         upload(request, compare(request, prepared, bucket, quiet), quiet)
-        with open_model(bucket, "me/model") as stream:
-            recipe = Recipe.model_validate(stream.recipe)
-            pipeline = build_pipeline(
-                stream.configs(),
-                stream.tensors(),
-                recipe,
-                device=torch.device("cpu"),
-                dtype=torch.float16,
-            )
         wanted = GenerationRequest(PROMPT, **SIZE, seed=5, steps=2)
-        (made,) = Engine(pipeline, recipe).generate(wanted)
+        (made,) = engine_of(bucket, "me/model", torch.float16).generate(wanted)
         return np.asarray(made.image)
 
     return image

@@ -16,19 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from demo.small_sdxl import write_small_sdxl
-from diffusion.build import build_pipeline
-from diffusion.engine import Engine, GenerationRequest
+from diffusion.engine import GenerationRequest
 from diffusion.families import family_of
-from diffusion.recipe import Recipe
 from preparation import Options, Progress, Request, compare, make_plan, upload
 from preparation.hub import Hub
 from preparation.lora import LoraName
 from tests.preparation.conftest import BASE, LIGHTNING, Prepare
+from tests.preparation.served import served
 from tests.preparation.test_lora import deltas, picture, saved, weights_of
 from tests.support.hub import LoopbackHub
 from tests.support.single_files import write_single_file
 from tests.support.small_families import write_small_sd1, write_small_sd2, write_small_sd3
-from weights import Bucket, open_model
+from weights import Bucket
 
 PROMPT = "a golden fox over the castle"
 SIZE = {"width": 64, "height": 64}
@@ -95,21 +94,6 @@ def stock(file: Path, configs: Path, **options: Any) -> Any:
                 False
             )  # torch multiplies batches with other rounding where weights ask for gradients
     return pipeline
-
-
-def served(bucket: Bucket, model_path: str) -> Engine:
-    """The model out of its bucket, as a deployment has it."""
-    with open_model(bucket, model_path) as stream:
-        assert stream.recipe is not None
-        recipe = Recipe.model_validate(stream.recipe)
-        pipeline = build_pipeline(
-            stream.configs(),
-            stream.tensors(),
-            recipe,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-    return Engine(pipeline, recipe)
 
 
 def on_hub(folder: Path, hub: LoopbackHub, file: Path) -> None:
