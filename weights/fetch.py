@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from weights.chunks import Chunk, SnapshotFile
 from weights.counters import Counters
 from weights.errors import WeightsError
-from weights.flight import Flight, Hedge, Route, Sink
+from weights.flight import Flight, Route, Sink
+from weights.hedge import Hedge
 from weights.pace import Pace
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """One span of chunks on its way into memory: asked for again when the wire breaks, refused when the bytes are wrong.
 
-A retry goes on from the byte that was reached. No chunk's memory is allocated here, except by a hedge, which reads
-into its own until it has won.
+A retry goes on from the byte that was reached. No chunk's memory is allocated here.
 """
 
 from __future__ import annotations
@@ -229,7 +228,7 @@ class Flight:
             if self._connection is not None:
                 self._connection.abort()
 
-    def _attach(self, connection: Connection | None) -> None:
+    def attach(self, connection: Connection | None) -> None:
         """The connection that `abort` is to wake; None once it is no longer this flight's."""
         with self._attaching:
             self._connection = connection
@@ -314,7 +313,7 @@ class Flight:
                 end,
                 size=file.size,
                 etag=route.expected_etag(file),
-                on_connection=self._attach,
+                on_connection=self.attach,
             ) as answer:
                 whole = answer.start == 0 and end != file.size
                 self._skip(answer, position - answer.start)
@@ -323,7 +322,7 @@ class Flight:
                     if whole and not self.chunks:
                         self.chunks.extend(route.following(self.landed[-1]))
         finally:
-            self._attach(None)
+            self.attach(None)
 
     def _skip(self, answer: RangeAnswer, count: int) -> None:
         """Past what comes before the wanted bytes, where the server ignored the range."""
@@ -455,81 +454,3 @@ class Flight:
         if self._cached is not None:
             for chunk in self.chunks:
                 self._cached.release(chunk.index)
-
-
-class Hedge:
-    """A second try at the chunk a flight is stuck with, into memory of its own: the first to be right wins."""
-
-    def __init__(self, route: Route, flight: Flight) -> None:
-        flight.hedged = True
-        self.landed: list[Chunk] = []
-        self._route = route
-        self._flight = flight
-        self._own: Flight | None = None
-        self._ended = False
-
-    def run(self) -> None:
-        flight = self._flight
-        with flight.lock:
-            if not flight.chunks:
-                return
-            chunk = flight.chunks[0]
-        self._route.counters.add(hedges=1, requests=1)
-        data = memoryview(bytearray(chunk.length))
-        if not self._read(chunk, data):
-            return  # and no other: where a second try fails too, it is the server
-        with flight.lock:
-            if flight.chunks[:1] != [chunk] or flight.over.is_set():
-                return  # it was not stuck after all
-            flight.chunks.remove(chunk)
-            flight.abort()
-        flight.over.wait()  # only now does nobody else write to the chunk's memory
-        sink, offset = self._route.sink, 0
-        while offset < chunk.length:
-            room = sink.room(chunk, offset)
-            count = min(len(room), chunk.length - offset)
-            room[:count] = data[offset : offset + count]
-            sink.filled(chunk, offset, count)
-            offset += count
-        sink.landed(chunk)
-        self._route.counters.add(hedges_won=1, landed_bytes=chunk.length)
-        cached = self._route.cached(chunk.file)
-        if cached is not None:  # the claim was left to us
-            cached.write_at(chunk.index, 0, data)
-            cached.complete(chunk.index)
-        self.landed.append(chunk)
-
-    def abort(self) -> None:
-        self._ended = True
-        if self._own is not None:
-            self._own.abort()
-
-    def _read(self, chunk: Chunk, data: memoryview) -> bool:
-        """One attempt; whether the right bytes came."""
-        file, route = chunk.file, self._route
-        own = self._own = Flight(route, [chunk])
-        if self._ended:
-            own.abort()
-        hasher = blake3()
-        filled = 0
-        try:
-            with route.reader.open_range(
-                file.key,
-                chunk.start,
-                chunk.end,
-                size=file.size,
-                etag=route.expected_etag(file),
-                on_connection=own._attach,  # noqa: SLF001 - its own flight, only to be aborted through
-            ) as answer:
-                if answer.start != chunk.start:
-                    return False
-                while filled < chunk.length and not self._flight.over.is_set():
-                    count = answer.read(data[filled : filled + HASH_STEP])
-                    hasher.update(data[filled : filled + count])
-                    filled += count
-                    route.counters.add(network_bytes=count)
-        except (TransportError, WeightsError):
-            return False
-        if filled < chunk.length or self._ended:
-            return False
-        return not route.verify or chunk.digest is None or hasher.hexdigest() == chunk.digest
