@@ -45,7 +45,7 @@ def runner(
     runner.settings = load_runner_settings()
     runner.store = ImageStore(connect(runner.settings), deployment.images)
     runner.model_version = version_of(deployment)
-    runner.engine = Engine(pipeline, RECIPE)
+    runner.engine = Engine(pipeline, RECIPE, batch_size=1)
     return runner
 
 

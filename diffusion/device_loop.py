@@ -1,0 +1,381 @@
+"""The one thread that uses the device: from the line, step by step, to pictures.
+
+It never waits for anything but work: encoding and storing pictures are their callers' business, and where the device is
+a card its results are waited for on another thread, so that the next image is on its way by then.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from PIL import Image
+
+from diffusion.clock import Clock, Mark, Spent
+from diffusion.company import Company
+from diffusion.decoding import Decoded, decode
+from diffusion.denoising import Denoising, Embeddings, predictions
+from diffusion.device import ran_out_of_memory
+from diffusion.errors import BusyError, OutOfMemoryError
+from diffusion.line import Job, Line
+from diffusion.model import Model
+from diffusion.recipe import SDXL
+from diffusion.request import GenerationRequest, Plan
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# How many steps the host may be ahead of a card: one keeps it busy, more would make those who left run on.
+STEPS_AHEAD = 1
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One image, what made it, and the seconds each stage took.
+
+    Stages: "wait" for the device, "prompt" (0 but for a request's first image, whose embeddings the others share),
+    "denoise", "decode"; of what it shared with others, its share. `version` is the model's that made it: another may
+    serve by the time somebody asks.
+    """
+
+    image: Image.Image
+    seed: int
+    steps: int
+    guidance_scale: float
+    timings: dict[str, float]
+    version: str | None = None
+
+
+@dataclass
+class Wish:
+    """What a job in the line is about: a request, and what the model it is for made of it.
+
+    `embeddings` are kept from its first image for the others.
+    """
+
+    request: GenerationRequest
+    plan: Plan
+    model: Model
+    embeddings: Embeddings | None = None
+
+
+@dataclass(eq=False)
+class _UnderWay:
+    """One image on the device."""
+
+    job: Job[Wish]
+    index: int
+    denoising: Denoising
+    waited: float
+    spent: Spent
+
+    @property
+    def seed(self) -> int:
+        return self.job.detail.plan.seeds[self.index]
+
+
+class DeviceLoop:
+    """Serves the line, from its first job until `stop`.
+
+    `model` makes the requests that have not begun. It may be set while one has the device alone (`paused`).
+
+    Args:
+        company_seconds: how long the first of the line waits for others to share its passes.
+    """
+
+    def __init__(self, model: Model, company: Company, company_seconds: float) -> None:
+        self.model = model
+        self._device = model.device
+        self._clock = Clock(model.device)
+        self._company = company
+        self._company_seconds = company_seconds
+        # Guards the line, what is under way, and who has begun; the device's work is done without it.
+        self._changed = threading.Condition()
+        self._line: Line[Wish] = Line()
+        self._images: list[_UnderWay] = []
+        self._begun: set[Job[Wish]] = set()
+        self._pausing = False
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+        self._steps: deque[Mark] = deque()
+        self._pictures = ThreadPoolExecutor(1, "pictures") if self._device.type == "cuda" else None
+
+    @property
+    def pausing(self) -> bool:
+        """Whether somebody has the device alone, or waits for what has begun to end."""
+        return self._pausing
+
+    def add(self, job: Job[Wish]) -> None:
+        """Put a job at the end of the line."""
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+                self._thread.start()
+            self._line.add(job)
+            self._changed.notify_all()
+
+    def cancel(self, job: Job[Wish]) -> None:
+        """Have a job leave after the step it is in."""
+        with self._changed:
+            job.cancelled.set()
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """End the thread after the step it is in. What is open is cancelled."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    @contextmanager
+    def paused(self, patience: float) -> Iterator[None]:
+        """Have the device alone, once the requests that have begun have ended. Those that come later wait.
+
+        Raises `BusyError`, and lets them go on, when that takes more than `patience` seconds.
+        """
+        deadline = time.monotonic() + patience
+        with self._changed:
+            self._pausing = True
+            try:
+                while self._begun:
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0:
+                        raise BusyError(
+                            f"{len(self._begun)} request(s) under way kept the model for too long for it to be "
+                            "replaced. It goes on serving; try again when there is less to do."
+                        )
+                    self._changed.wait(remaining)
+            except BaseException:
+                self._pausing = False
+                self._changed.notify_all()
+                raise
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pausing = False
+                self._changed.notify_all()
+
+    # What the thread does
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while (newcomers := self._await_work()) is not None:
+                    for job, index in newcomers:
+                        self._begin(job, index)
+                    self._keep_pace()
+                    self._take_steps()
+                    self._decode_those_done()
+        finally:
+            with self._changed:
+                # Nobody may wait for a thread that is gone; the next job begins another.
+                self._thread = None
+                for job in self._begun.union(self._line):
+                    job.drop()
+            if self._pictures is not None:
+                self._pictures.shutdown(wait=False)
+
+    def _await_work(self) -> list[tuple[Job[Wish], int]] | None:
+        """Wait until there is something to do; returns whose turn it is now. None is the end."""
+        with self._changed:
+            while not self._stopped:
+                self._let_leave()
+                room = self._company.most - len(self._images)
+                joining = self._images[0].job.group if self._images else None
+                wait = 0.0
+                if not self._images and not self._pausing:
+                    wait = self._line.seconds_for_company(room, self._company_seconds)
+                if wait == 0.0:
+                    newcomers = self._line.take(room, joining, self._may_begin)
+                    self._begun.update(job for job, _ in newcomers)
+                    if newcomers or self._images:
+                        return newcomers
+                self._changed.wait(wait or None)
+            return None
+
+    def _may_begin(self, job: Job[Wish]) -> bool:
+        return not self._pausing or job in self._begun
+
+    def _let_leave(self) -> None:
+        """Let go of what nobody waits for any more, on the device and in the line."""
+        for image in self._images:
+            if image.job.cancelled.is_set():
+                _drop(image.job, f"seed {image.seed} ended after {image.denoising.state}")
+        for job in self._line:
+            if job.cancelled.is_set():
+                _drop(job, f"seed {job.detail.plan.seeds[job.begun]} was not begun")
+        # Of some, another image has failed.
+        self._images = [image for image in self._images if image.job.open]
+        self._line.keep(lambda job: job.open > 0)
+        if any(not job.open for job in self._begun):
+            self._begun = {job for job in self._begun if job.open}
+            self._changed.notify_all()
+
+    def _keep_pace(self) -> None:
+        while len(self._steps) > STEPS_AHEAD:
+            self._clock.wait(self._steps.popleft())
+
+    def _begin(self, job: Job[Wish], index: int) -> None:
+        waited = time.perf_counter() - job.asked
+        job.asked = time.perf_counter()
+        image = self._attempt(partial(self._noise, job, index, waited), job)
+        if image is not None:
+            with self._changed:
+                self._images.append(image)
+
+    def _noise(self, job: Job[Wish], index: int, waited: float) -> _UnderWay:
+        """The prompt read, where it has not been, and the noise that the image begins with."""
+        wish, spent = job.detail, Spent()
+        begun = self._clock.mark()
+        if wish.embeddings is None:
+            if wish.model is not self.model:
+                wish.model = self.model
+                wish.plan = self.model.plan(wish.request)
+            wish.embeddings = wish.model.encode(wish.plan)
+            begun = spent.add("prompt", begun, self._clock.mark())
+        denoising = Denoising(
+            wish.model.pipeline,
+            wish.model.recipe.architecture,
+            wish.plan,
+            wish.plan.seeds[index],
+            wish.embeddings,
+            self._device,
+        )
+        spent.add("denoise", begun, self._clock.mark())
+        return _UnderWay(job, index, denoising, waited, spent)
+
+    def _take_steps(self) -> None:
+        alike: dict[object, list[_UnderWay]] = {}
+        for image in self._images:
+            alike.setdefault(image.denoising.shape, []).append(image)
+        for images in alike.values():
+            self._take_step(images)
+        self._steps.append(self._clock.mark())
+
+    def _take_step(self, images: list[_UnderWay]) -> None:
+        """One pass of the denoiser for images of equal shape, and each one's own step after it."""
+        begun = self._clock.mark()
+        found = self._attempt(
+            partial(
+                predictions,
+                images[0].job.detail.model.denoiser,
+                [image.denoising for image in images],
+                self._company,
+            ),
+            images[0].job if len(images) == 1 else None,
+        )
+        if found is None:
+            # Company takes memory too, and whoever fails must not take others along: each tries alone.
+            for image in images if len(images) > 1 else ():
+                self._take_step([image])
+            return
+        for image, prediction in zip(images, found, strict=True):
+            self._attempt(partial(image.denoising.advance, prediction), image.job)
+        ended = self._clock.mark()
+        for image in images:
+            image.spent.add("denoise", begun, ended, len(images))
+
+    def _decode_those_done(self) -> None:
+        for image in [image for image in self._images if image.denoising.done]:
+            # Whoever left in the last step gets no picture; `_let_leave` says so.
+            if image.job.cancelled.is_set():
+                continue
+            vae = image.job.detail.model.pipeline.vae
+            begun = self._clock.mark()
+            decoded = self._attempt(partial(decode, vae, image.denoising.latents), image.job)
+            if decoded is None:
+                continue
+            ended = image.spent.add("decode", begun, self._clock.mark())
+            with self._changed:
+                self._images.remove(image)
+            if self._pictures is None:
+                self._hand_out(image, decoded, ended)
+            else:
+                self._pictures.submit(self._hand_out, image, decoded, ended)
+
+    def _hand_out(self, image: _UnderWay, decoded: Decoded, ended: Mark) -> None:
+        """Make a picture of what the device has made, once it has; on a card, on a thread beside the device's."""
+        self._clock.wait(ended)
+        job = image.job
+        made = self._attempt(partial(_picture, image, decoded), job)
+        if made is None:
+            return
+        job.asked = time.perf_counter()
+        with self._changed:
+            # Before anybody has the last one, since many a caller then wants the device for something else.
+            if job.open == 1:
+                self._begun.discard(job)
+                self._changed.notify_all()
+        job.settle(image.index, made)
+
+    def _attempt(self, work: Callable[[], Result], job: Job[Wish] | None) -> Result | None:
+        """Do it; whatever goes wrong, `job` hears of it, if there is one, and the device serves the next."""
+        failure: Exception | None = None
+        full: str | None = None
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 - it is its caller's, and is raised there
+            if isinstance(error, RuntimeError) and ran_out_of_memory(error):
+                full = str(error).partition("\n")[0]
+            else:
+                failure = error
+        # Only here, with the exception gone, are its frames and their tensors gone too, and their memory to be had.
+        if full is not None and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            if job is not None:
+                if full is not None:
+                    plan = job.detail.plan
+                    failure = OutOfMemoryError(
+                        f"The device {self._device} ran out of memory on one image of {plan.width}x{plan.height} "
+                        f"({full}). Ask for a smaller size, or give the model a card with more memory."
+                    )
+                assert failure is not None  # noqa: S101 - one of the two has happened
+                self._fail(job, failure)
+        finally:
+            del failure  # or it would keep this frame, and this frame it
+        return None
+
+    def _fail(self, job: Job[Wish], failure: Exception) -> None:
+        with self._changed:
+            self._line.keep(lambda other: other is not job)
+            if threading.current_thread() is self._thread:
+                self._images = [image for image in self._images if image.job is not job]
+                self._begun.discard(job)
+            self._changed.notify_all()
+        job.fail(failure)
+
+
+def _picture(image: _UnderWay, decoded: Decoded) -> GeneratedImage:
+    wish = image.job.detail
+    picture = decoded.picture(
+        image.seed,
+        wish.model.pipeline.vae.dtype,
+        is_sdxl=wish.model.recipe.pipeline == SDXL.pipeline,
+    )
+    spent = {stage: image.spent.seconds(stage) for stage in ("prompt", "denoise", "decode")}
+    return GeneratedImage(
+        picture,
+        image.seed,
+        wish.plan.steps,
+        wish.plan.guidance_scale,
+        {"wait": image.waited, **spent},
+        wish.model.version,
+    )
+
+
+def _drop(job: Job[Wish], state: str) -> None:
+    """Tell nobody but the log: whoever asked has gone."""
+    if job.open:
+        logger.info("Cancelled: %s.", state)
+    job.drop()
