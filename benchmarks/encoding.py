@@ -1,7 +1,8 @@
-"""Time and size of encoding one generated image: PNG levels and strategies, WebP efforts, JPEG, in the same run.
+"""Time and size of encoding one generated image, by all of benchmarks/encoders.py in the same run.
 
-`python benchmarks/encoding.py` writes benchmarks/results/encoding.md; images/encode.py takes its settings from there.
-It measures Pillow alone, in one thread; what the network adds is not looked at.
+`.venv-bench/bin/python benchmarks/encoding.py` writes benchmarks/results/encoding.md; images/ takes its settings from
+there. Encoding is measured alone and beside a thread that never stops computing in Python.
+The network is not looked at.
 """
 
 from __future__ import annotations
@@ -13,52 +14,31 @@ import os
 import platform
 import random
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import PIL
 from PIL import Image, features
 
+# As a script this file's own folder would come first, where `weights` is benchmarks/weights.py and not the room.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.encoders import BASELINE, OPTIONS, Encoder  # noqa: E402
+
 Pixels = npt.NDArray[np.float64]
 
 EDGE = 1024
 SEED = 20261120
 RESULTS = Path(__file__).parent / "results" / "encoding.md"
-BASELINE = "PNG level 6 (Pillow's default)"
-Z_HUFFMAN_ONLY, Z_RLE = 2, 3  # zlib.h
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    BASELINE: {"format": "PNG", "compress_level": 6},
-    "PNG level 0": {"format": "PNG", "compress_level": 0},
-    "PNG level 1": {"format": "PNG", "compress_level": 1},
-    "PNG level 2": {"format": "PNG", "compress_level": 2},
-    "PNG level 3": {"format": "PNG", "compress_level": 3},
-    "PNG level 9": {"format": "PNG", "compress_level": 9},
-    "PNG level 1, run lengths (Z_RLE)": {
-        "format": "PNG",
-        "compress_level": 1,
-        "compress_type": Z_RLE,
-    },
-    "PNG level 1, Huffman only": {
-        "format": "PNG",
-        "compress_level": 1,
-        "compress_type": Z_HUFFMAN_ONLY,
-    },
-    "WebP q80, effort 0": {"format": "WEBP", "quality": 80, "method": 0},
-    "WebP q80, effort 2": {"format": "WEBP", "quality": 80, "method": 2},
-    "WebP q80, effort 4 (Pillow's default)": {"format": "WEBP", "quality": 80, "method": 4},
-    "WebP q80, effort 6": {"format": "WEBP", "quality": 80, "method": 6},
-    "WebP q95, effort 0": {"format": "WEBP", "quality": 95, "method": 0},
-    "JPEG q80": {"format": "JPEG", "quality": 80},
-    "JPEG q80, optimised": {"format": "JPEG", "quality": 80, "optimize": True},
-    "JPEG q95": {"format": "JPEG", "quality": 95},
-}
+LIBRARIES = ("isal", "zlib-ng", "deflate", "fpng", "opencv-python-headless", "simplejpeg")
 
 
 def spectrum(generator: np.random.Generator, exponent: float) -> Pixels:
@@ -125,13 +105,43 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
 
 @dataclass
 class Measurement:
-    milliseconds: list[float] = field(default_factory=list)
+    """Milliseconds, one a round, and what came out."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    wall_beside_another: list[float] = field(default_factory=list)
+    other_stood_still: list[float] = field(default_factory=list)
     size: int = 0
     fidelity: float | None = None  # PSNR in dB; None is exact
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.milliseconds)
+
+class BusyThread(threading.Thread):
+    """Computes in Python without a pause, as a thread that launches kernels does, and notes how long it had to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest_pause = 0.0
+        self._running = threading.Event()
+        self._stopped = False
+
+    def run(self) -> None:
+        last = time.perf_counter()
+        self._running.set()
+        last_turn = False
+        while not last_turn:
+            last_turn = self._stopped  # read first: one more look at the clock after the last pause
+            now = time.perf_counter()
+            self.longest_pause = max(self.longest_pause, now - last)
+            last = now
+
+    def __enter__(self) -> BusyThread:
+        self.start()
+        self._running.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self.join()
 
 
 def peak_signal_to_noise(image: Image.Image, data: bytes) -> float | None:
@@ -141,46 +151,51 @@ def peak_signal_to_noise(image: Image.Image, data: bytes) -> float | None:
     return None if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, **options)
-    return stream.getvalue()
-
-
 def measure(rounds: int) -> dict[str, dict[str, Measurement]]:
-    """CPU milliseconds of this thread: the wall clock would also count what else the machine is doing.
+    """Every round runs every option twice, in a new order, so that a slow minute falls on all of them alike.
 
-    Every round runs every option once, in a new order, so that a slow minute falls on all of them alike.
+    CPU time is this thread's alone, whatever else the machine is doing; the other times are of the wall clock.
     """
     results = {name: {option: Measurement() for option in OPTIONS} for name in PICTURES}
     order = random.Random(SEED)
     for name, picture in PICTURES.items():
         image = picture()
-        for number in range(rounds + 1):
+        for option, encode in OPTIONS.items():  # also warms caches and the allocator
+            data = encode(image)
+            results[name][option].size = len(data)
+            results[name][option].fidelity = peak_signal_to_noise(image, data)
+        for _ in range(rounds):
             for option in order.sample(sorted(OPTIONS), len(OPTIONS)):
-                start = time.thread_time()
-                data = encode(image, OPTIONS[option])
-                elapsed = (time.thread_time() - start) * 1000
-                found = results[name][option]
-                if number:
-                    found.milliseconds.append(elapsed)
-                else:  # the first round warms caches and the allocator, and is not timed
-                    found.size = len(data)
-                    found.fidelity = peak_signal_to_noise(image, data)
+                measure_once(results[name][option], OPTIONS[option], image)
     return results
+
+
+def measure_once(found: Measurement, encode: Encoder, image: Image.Image) -> None:
+    start, cpu_start = time.perf_counter(), time.thread_time()
+    encode(image)
+    found.cpu.append((time.thread_time() - cpu_start) * 1000)
+    found.wall.append((time.perf_counter() - start) * 1000)
+    with BusyThread() as other:
+        start = time.perf_counter()
+        encode(image)
+        found.wall_beside_another.append((time.perf_counter() - start) * 1000)
+    found.other_stood_still.append(other.longest_pause * 1000)
 
 
 def table(measurements: dict[str, Measurement]) -> list[str]:
     baseline = measurements[BASELINE]
     lines = [
-        "| option | CPU ms, median | min to max | ratio | size, kB | ratio | PSNR, dB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| option | CPU | min to max | ratio | wall | beside another | it stood still | size, kB | ratio | PSNR |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for option, found in measurements.items():
+        cpu = statistics.median(found.cpu)
         lines.append(
-            f"| {option} | {found.median:.0f} | {min(found.milliseconds):.0f} to {max(found.milliseconds):.0f} "
-            f"| {found.median / baseline.median:.2f} | {found.size / 1000:,.0f} "
-            f"| {found.size / baseline.size:.2f} "
+            f"| {option} | {cpu:.1f} | {min(found.cpu):.1f} to {max(found.cpu):.1f} "
+            f"| {cpu / statistics.median(baseline.cpu):.2f} | {statistics.median(found.wall):.1f} "
+            f"| {statistics.median(found.wall_beside_another):.1f} "
+            f"| {min(found.other_stood_still):.1f} "
+            f"| {found.size / 1000:,.0f} | {found.size / baseline.size:.2f} "
             f"| {'exact' if found.fidelity is None else f'{found.fidelity:.1f}'} |"
         )
     return lines
@@ -200,7 +215,8 @@ def machine() -> str:
         f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
         f"Pillow {PIL.__version__} with zlib-ng {features.version_feature('zlib_ng')}, "
         f"libjpeg-turbo {features.version_feature('libjpeg_turbo')}, libwebp {features.version('webp')}; "
-        f"numpy {np.__version__}."
+        f"numpy {np.__version__}, "
+        f"{', '.join(f'{library} {metadata.version(library)}' for library in LIBRARIES)}."
     )
 
 
@@ -208,12 +224,20 @@ def report(results: dict[str, dict[str, Measurement]], rounds: int) -> str:
     lines = [
         "# Encoding one 1024 by 1024 image",
         "",
-        f"Written by `python benchmarks/encoding.py --rounds {rounds}` on {datetime.now(UTC):%Y-%m-%d}.",
+        f"Written by `.venv-bench/bin/python benchmarks/encoding.py --rounds {rounds}`",
+        f"on {datetime.now(UTC):%Y-%m-%d}.",
         machine(),
         "",
-        f"CPU time of one thread, median of {rounds} rounds after one to warm up; every round runs all options",
-        "in a new order, so that a slow minute falls on all alike.",
-        f'Ratios are to "{BASELINE}" on the same picture. Sizes are without metadata. The pictures are synthetic',
+        f"Medians of {rounds} rounds after one to warm up; every round runs all options in a new order, so that",
+        "a slow minute falls on all alike. Times are in milliseconds. *CPU* is the time of the thread that encodes,",
+        "whatever else the machine does; *wall* is the clock's. *Beside another* is the clock's again, while a second",
+        "thread computes in Python without a pause, as one does that launches kernels. *It stood still* is the longest",
+        "that this thread stopped at once, in the round where that was shortest: an encoder that kept Python's lock",
+        "while it works would show there. PSNR is in dB.",
+        "",
+        f'Ratios are to "{BASELINE}" on the same picture. Sizes are without metadata. "Average", "Sub", "Up" and',
+        '"Paeth" are PNG\'s filters, the same for every row and computed by numpy; the rest of the name says what',
+        "deflates. The pictures are synthetic",
         f"(numpy, seed {SEED}), made to bracket what a diffusion model paints:",
         "",
     ]
