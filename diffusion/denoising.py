@@ -7,6 +7,7 @@ leave between any two steps and need not agree on how many they take.
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusion.company import Company
 from diffusion.families import Architecture
+from diffusion.graphs import Graphs
 from diffusion.recipe import SDXL
 from diffusion.request import Plan
 
@@ -178,19 +180,22 @@ def is_guided(denoiser: Any, plan: Plan) -> bool:
     return plan.guidance_scale > 1 and denoiser.config.get("time_cond_proj_dim") is None
 
 
-def predictions(denoiser: Any, images: Sequence[Denoising], company: Company) -> list[torch.Tensor]:
+def predictions(
+    denoiser: Any, images: Sequence[Denoising], company: Company, graphs: Graphs
+) -> list[torch.Tensor]:
     """What the denoiser predicts for images of equal `shape`. Changes none of them: failing, it can be asked again."""
     rows = images[0].rows
-    return company.predict(
-        lambda batch, alone: _predict(denoiser, batch, rows, alone=alone),
-        [image.inputs() for image in images],
-        images[0].shape,
-        rows,
-    )
+
+    def predict(batch: Mapping[str, torch.Tensor], *, alone: bool) -> torch.Tensor:
+        call = partial(_predict, denoiser, rows=rows, alone=alone)
+        return graphs.run(denoiser, call, batch, kind=(rows, alone))
+
+    inputs = [image.inputs() for image in images]
+    return company.predict(predict, inputs, images[0].shape, rows)
 
 
 def _predict(
-    denoiser: Any, batch: Mapping[str, torch.Tensor], rows: int, *, alone: bool
+    denoiser: Any, batch: Mapping[str, torch.Tensor], *, rows: int, alone: bool
 ) -> torch.Tensor:
     sample, timestep = batch["sample"], batch["timestep"]
     arguments: dict[str, Any]

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from diffusion.decoding import Decoded, decode
 from diffusion.denoising import Denoising, Embeddings, predictions
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import BusyError, OutOfMemoryError
+from diffusion.graphs import Graphs
 from diffusion.line import Job, Line
 from diffusion.model import Model
 from diffusion.recipe import SDXL
@@ -104,6 +105,9 @@ class DeviceLoop:
         self._line: Line[Wish] = Line()
         self._images: list[_UnderWay] = []
         self._begun: set[Job[Wish]] = set()
+        self._graphs = Graphs(model.device)
+        self._chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._at_a_chore = False
         self._pausing = False
         self._stopped = False
         self._thread: threading.Thread | None = None
@@ -118,11 +122,36 @@ class DeviceLoop:
     def add(self, job: Job[Wish]) -> None:
         """Put a job at the end of the line."""
         with self._changed:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="device", daemon=True)
-                self._thread.start()
             self._line.add(job)
-            self._changed.notify_all()
+            self._wake()
+
+    def when_idle(self, chore: Callable[[], None]) -> Future[None]:
+        """Have something done on the device's thread once there is no request; one that comes waits for it to end."""
+        done: Future[None] = Future()
+        with self._changed:
+            self._chores.append((chore, done))
+            self._wake()
+        return done
+
+    def record(self, plan: Plan, together: int = 1) -> None:
+        """A chore: have a graph ready for `together` images of a plan's size, and the decoder's kernels chosen."""
+        model = self.model
+        embeddings = model.encode(plan)
+        images = [
+            Denoising(
+                model.pipeline, model.recipe.architecture, plan, seed, embeddings, self._device
+            )
+            for seed in range(together)
+        ]
+        with self._graphs.recording():
+            predictions(model.denoiser, images, self._company, self._graphs)
+        decode(model.pipeline.vae, images[0].latents)
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
 
     def cancel(self, job: Job[Wish]) -> None:
         """Have a job leave after the step it is in."""
@@ -146,7 +175,7 @@ class DeviceLoop:
         with self._changed:
             self._pausing = True
             try:
-                while self._begun:
+                while self._begun or self._at_a_chore:
                     remaining = deadline - time.monotonic()
                     if remaining <= 0:
                         raise BusyError(
@@ -171,6 +200,9 @@ class DeviceLoop:
         try:
             with torch.inference_mode():
                 while (newcomers := self._await_work()) is not None:
+                    if not newcomers and not self._images:
+                        self._do_a_chore()
+                        continue
                     for job, index in newcomers:
                         self._begin(job, index)
                     self._keep_pace()
@@ -182,11 +214,17 @@ class DeviceLoop:
                 self._thread = None
                 for job in self._begun.union(self._line):
                     job.drop()
+                for _, done in self._chores:
+                    done.cancel()
+                self._chores.clear()
             if self._pictures is not None:
                 self._pictures.shutdown(wait=False)
 
     def _await_work(self) -> list[tuple[Job[Wish], int]] | None:
-        """Wait until there is something to do; returns whose turn it is now. None is the end."""
+        """Wait until there is something to do; returns whose turn it is now. None is the end.
+
+        Nobody new, and nobody under way, leaves time for a chore.
+        """
         with self._changed:
             while not self._stopped:
                 self._let_leave()
@@ -200,8 +238,23 @@ class DeviceLoop:
                     self._begun.update(job for job, _ in newcomers)
                     if newcomers or self._images:
                         return newcomers
+                    if self._chores and not self._pausing:
+                        self._at_a_chore = True
+                        return []
                 self._changed.wait(wait or None)
             return None
+
+    def _do_a_chore(self) -> None:
+        chore, done = self._chores.popleft()
+        try:
+            chore()
+        except Exception as error:  # noqa: BLE001 - whoever wanted it done is told
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        with self._changed:
+            self._at_a_chore = False
+            self._changed.notify_all()
 
     def _may_begin(self, job: Job[Wish]) -> bool:
         return not self._pausing or job in self._begun
@@ -271,6 +324,7 @@ class DeviceLoop:
                 images[0].job.detail.model.denoiser,
                 [image.denoising for image in images],
                 self._company,
+                self._graphs,
             ),
             images[0].job if len(images) == 1 else None,
         )

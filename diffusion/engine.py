@@ -10,9 +10,11 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from threading import Event
 
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from diffusion.company import Company
 from diffusion.denoising import is_guided
@@ -22,6 +24,8 @@ from diffusion.model import Model
 from diffusion.recipe import Recipe
 from diffusion.refresh import Staged, one_refresh_at_a_time, take_over
 from diffusion.request import GenerationRequest
+from diffusion.sizes import ASPECT_RATIOS, size_for
+from diffusion.speed import Speed
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Engine:
             the same in company as alone, bit for bit. A card's kernels differ in their last bits, so there it is 1
             by default.
         batch_seconds: how long a request waits for others to share its passes when the device is free.
+        float8: compute large linear layers in 8-bit floats where the card can and the images bear it (`warm_up` tries).
     """
 
     def __init__(
@@ -67,11 +72,15 @@ class Engine:
         *,
         batch_size: int | None = None,
         batch_seconds: float = 0.0,
+        float8: bool = False,
     ) -> None:
         model = Model(pipeline, recipe, version)
         self._device, self._dtype = model.device, model.dtype
         on_cpu = self._device.type == "cpu"
         most = batch_size or (MOST_TOGETHER_ON_CPU if on_cpu else 1)
+        self._most = most
+        self._speed = Speed(self._device, float8=float8)
+        self._speed.prepare(model.denoiser, pipeline.vae)
         self._loop = DeviceLoop(model, Company(most, exact=on_cpu), batch_seconds)
         weakref.finalize(self, self._loop.stop)
 
@@ -153,7 +162,9 @@ class Engine:
                 begun = time.perf_counter()
                 old = self._loop.model
                 take_over(staged, old.pipeline, device=self._device, dtype=self._dtype)
-                self._loop.model = Model(staged.pipeline, staged.recipe, staged.version)
+                model = Model(staged.pipeline, staged.recipe, staged.version)
+                self._speed.prepare(model.denoiser, model.pipeline.vae)
+                self._loop.model = model
                 done = time.perf_counter()
         logger.info(
             "Version %s took over from %s in %.2f s, after %.2f s for the requests under way.",
@@ -165,8 +176,30 @@ class Engine:
         return done - closed
 
     def warm_up(self) -> float:
-        """Generate one image at the native size, so that no caller pays for the first use; returns the seconds."""
+        """Have the native size ready, so that no caller pays for its first use; returns the seconds that took.
+
+        On a card the other sizes, and batches, are made ready later, whenever there is no request.
+        """
         started = time.perf_counter()
+        native = self.recipe.native_size
+        self._generate_one()
+        if self._device.type == "cuda":
+            self._speed.try_float8(self._generate_one)
+            self._when_idle(native, native, 1).exception()
+            sizes = dict.fromkeys(size_for(ratio, native) for ratio in ASPECT_RATIOS)
+            for width, height in sizes:
+                for together in range(1, self._most + 1):
+                    self._when_idle(width, height, together)
+        return time.perf_counter() - started
+
+    def _when_idle(self, width: int, height: int, together: int) -> Future[None]:
+        request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
+        plan = self._loop.model.plan(request)
+        done = self._loop.when_idle(partial(self._loop.record, plan, together))
+        done.add_done_callback(partial(_log_failure, f"{together} of {width}x{height}"))
+        return done
+
+    def _generate_one(self) -> Image.Image:
         recipe = self.recipe
         request = GenerationRequest(
             prompt="warm-up",
@@ -176,6 +209,11 @@ class Engine:
             steps=1 if recipe.steps is None else min(recipe.steps),
             seed=0,
         )
-        for _ in self.generate(request):
-            pass
-        return time.perf_counter() - started
+        (made,) = self.generate(request)
+        return made.image
+
+
+def _log_failure(what: str, done: Future[None]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        reason = str(error).partition("\n")[0]
+        logger.info("Not made ready, and slower the first time: %s (%s).", what, reason)

@@ -8,8 +8,10 @@ import torch
 
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import OutOfMemoryError
+from diffusion.float8 import computes_float8
 from diffusion.recipe import SDXL
 from diffusion.refresh import stage
+from diffusion.sizes import ASPECT_RATIOS, size_for
 from tests.diffusion.support import (
     LIGHTNING,
     build,
@@ -112,3 +114,58 @@ def test_a_new_version_takes_the_memory_of_the_old_one(model, half_model, dtype)
         assert torch.equal(mine, theirs)
     ours, expected = (next(one.generate(REQUEST)).image for one in (engine, fresh))
     np.testing.assert_array_equal(pixels(ours), pixels(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_image_from_graphs_is_bit_for_bit_the_one_without(model, dtype):
+    engine = Engine(build(model, dtype=dtype, device="cuda"), LIGHTNING)
+    (without,) = engine.generate(REQUEST)
+
+    engine.warm_up()
+    assert len(engine._loop._graphs) >= 1
+    (replayed,) = engine.generate(REQUEST)
+
+    np.testing.assert_array_equal(pixels(without.image), pixels(replayed.image))
+
+
+def test_graphs_stay_valid_when_a_new_version_takes_over(model, half_model):
+    engine = Engine(build(model, dtype=torch.float16, device="cuda"), LIGHTNING)
+    engine.warm_up()
+    fresh = Engine(build(half_model, dtype=torch.float16, device="cuda"), LIGHTNING)
+
+    engine.replace(stage(read_configs(half_model), read_tensors(half_model), LIGHTNING))
+
+    assert len(engine._loop._graphs) >= 1
+    (ours,), (expected,) = engine.generate(REQUEST), fresh.generate(REQUEST)
+    np.testing.assert_array_equal(pixels(ours.image), pixels(expected.image))
+
+
+def test_every_size_is_ready_after_a_while_without_requests(model):
+    engine = Engine(build(model, dtype=torch.float16, device="cuda"), LIGHTNING)
+    engine.warm_up()
+
+    engine._loop.when_idle(lambda: None).result(120)
+
+    sizes = {size_for(ratio, LIGHTNING.native_size) for ratio in ASPECT_RATIOS}
+    assert len(engine._loop._graphs) == len(sizes)
+
+
+def test_8_bit_floats_are_near_enough_or_off(model):
+    if not computes_float8(torch.device("cuda")):
+        pytest.skip("this card does not compute 8-bit floats")
+    engine = Engine(build(model, dtype=torch.bfloat16, device="cuda"), LIGHTNING, float8=True)
+    (without,) = engine.generate(REQUEST)
+
+    engine.warm_up()
+
+    (made,) = engine.generate(REQUEST)
+    assert psnr(pixels(made.image), pixels(without.image)) >= 20
+
+
+def test_images_in_company_on_a_card_are_near_those_alone(model):
+    engine = Engine(build(model, dtype=torch.bfloat16, device="cuda"), LIGHTNING, batch_size=4)
+    alone = Engine(build(model, dtype=torch.bfloat16, device="cuda"), LIGHTNING)
+    request = dataclasses.replace(REQUEST, num_outputs=4)
+
+    for ours, expected in zip(engine.generate(request), alone.generate(request), strict=True):
+        assert psnr(pixels(ours.image), pixels(expected.image)) >= 30

@@ -343,3 +343,59 @@ def test_nothing_is_kept_of_a_request_that_is_over(guided):
         list(guided.generate(REQUEST))
 
     assert tensors() == before
+
+
+def test_what_can_wait_is_done_when_there_is_no_request(model):
+    pipeline = build(model)
+    engine = Engine(pipeline, LIGHTNING)
+    done: list[str] = []
+    begun, go_on = Event(), Event()
+
+    def hold_the_device(*_: object) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    pipeline.unet.register_forward_hook(hold_the_device)
+    first = engine.submit(REQUEST)
+    assert begun.wait(60)
+    chore = engine._loop.when_idle(lambda: done.append("chore"))
+    second = engine.submit(dataclasses.replace(REQUEST, width=96))
+    second.images[0].add_done_callback(lambda _: done.append("second"))
+    go_on.set()
+
+    chore.result(60)
+
+    assert done == ["second", "chore"]
+    assert first.images[0].result(60).seed == 3
+
+
+def test_what_can_wait_and_fails_is_told_and_requests_go_on(lightning):
+    def fail() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        lightning._loop.when_idle(fail).result(60)
+
+    assert only(lightning.generate(REQUEST)).seed == 3
+
+
+def test_making_a_size_ready_changes_no_image(lightning):
+    plain = only(lightning.generate(REQUEST))
+
+    lightning._when_idle(64, 64, 2).result(60)
+
+    again = only(lightning.generate(REQUEST))
+    np.testing.assert_array_equal(pixels(plain.image), pixels(again.image))
+
+
+def test_an_engine_that_is_gone_leaves_no_thread(model):
+    engine = Engine(build(model), LIGHTNING)
+    list(engine.generate(REQUEST))
+    thread = engine._loop._thread
+    assert thread is not None
+
+    del engine
+    gc.collect()
+
+    thread.join(60)
+    assert not thread.is_alive()
