@@ -175,7 +175,14 @@ def _build_engine(
     built = time.monotonic()
     # Building ends with the last tensor, so it waits for the bytes too.
     cold_start.add("build", imported, built, after=("imports", "bytes"))
-    engine = Engine(pipeline, recipe, stream.version)
+    engine = Engine(
+        pipeline,
+        recipe,
+        stream.version,
+        batch_size=settings.batch_size,
+        batch_seconds=settings.batch_wait_ms / 1000,
+        float8=settings.float8 == "on",
+    )
     # A card compiles and caches kernels at their first use; on a CPU an image would only delay READY.
     warm_up = 0.0
     if device.type == "cuda":

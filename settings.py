@@ -346,6 +346,29 @@ class RunnerSettings(StorageSettings):
         "float16",
         default="auto",
     )
+    float8: Literal["off", "on"] = _variable(
+        "FLOAT8",
+        "8-bit floats for the large layers, where the card computes them and the images bear it",
+        "on",
+        default="off",
+    )
+    batch_size: int | None = _variable(
+        "BATCH_SIZE",
+        "how many images share the denoiser's passes; by default 8 on a CPU and 1 on a card, whose kernels would give "
+        "an image other last bits in company",
+        "4",
+        default=None,
+        ge=1,
+        le=64,
+    )
+    batch_wait_ms: float = _variable(
+        "BATCH_WAIT_MS",
+        "milliseconds that a request waits for others to share its passes when the device is free",
+        "10",
+        default=0.0,
+        ge=0,
+        le=60_000,
+    )
     read_connections: int | None = _variable(
         "MODEL_READ_CONNECTIONS",
         "pins how many connections read weights at once; without it, as many as pay",
