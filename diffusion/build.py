@@ -15,6 +15,7 @@ from torch import nn
 
 from diffusion.components import build_module, build_scheduler, build_tokenizer, parts_of
 from diffusion.errors import ModelError
+from diffusion.fitting import Fit, choose_fit, decode_in_tiles, free_bytes, needs_of
 from diffusion.landing import LandedTensor, Landing, Problems
 from diffusion.recipe import Recipe, read_config
 
@@ -28,6 +29,7 @@ def build_pipeline(
     *,
     device: torch.device,
     dtype: torch.dtype | None,
+    fit: Fit | None = None,
 ) -> DiffusionPipeline:
     """The pipeline that stock `from_pretrained` would give, on `device` in `dtype`, with the recipe's scheduler.
 
@@ -36,6 +38,7 @@ def build_pipeline(
         tensors: in any order, components interleaved. Each is let go as soon as it is in place, so the peak is the
             model and one tensor.
         dtype: None leaves every tensor as its file holds it.
+        fit: how the model is laid out on a card; by default, as fast as the card's free memory allows.
 
     Raises `ModelError` when a config asks for what is not supported, or tensors are missing, unexpected or misshapen.
     Whatever `tensors` itself raises passes through.
@@ -65,7 +68,15 @@ def build_pipeline(
         for name, tokenizer in architecture.tokenizers.items()
         if name in present
     }
-    _land(tensors, modules, recipe, device, dtype)
+    if fit is None:
+        fit = _choose_fit(modules, recipe, device, dtype)
+    places = {
+        name: torch.device("cpu") if fit.text_on_host and _reads_text(name, recipe) else device
+        for name in modules
+    }
+    _land(tensors, modules, recipe, places, dtype)
+    if fit.tiles:
+        decode_in_tiles(modules["vae"])
 
     pipeline: DiffusionPipeline = getattr(diffusers, architecture.pipeline)(
         **dict.fromkeys(architecture.optional) | modules | tokenizers,
@@ -81,11 +92,11 @@ def _land(
     tensors: Iterable[LandedTensor],
     modules: Mapping[str, nn.Module],
     recipe: Recipe,
-    device: torch.device,
+    places: Mapping[str, torch.device],
     dtype: torch.dtype | None,
 ) -> None:
     landings = {
-        name: Landing(name, module, device=device, dtype=module_dtype(module, recipe, dtype))
+        name: Landing(name, module, device=places[name], dtype=module_dtype(module, recipe, dtype))
         for name, module in modules.items()
     }
     problems = Problems()
@@ -104,6 +115,30 @@ def _land(
     for landing in landings.values():
         landing.finish(problems)
     problems.raise_if_any()
+
+
+def _reads_text(name: str, recipe: Recipe) -> bool:
+    return any(tokenizer.encoder == name for tokenizer in recipe.architecture.tokenizers.values())
+
+
+def _choose_fit(
+    modules: Mapping[str, nn.Module],
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Fit:
+    if device.type != "cuda":
+        return Fit()
+    dtypes = {name: module_dtype(module, recipe, dtype) for name, module in modules.items()}
+    needs = needs_of(
+        modules,
+        # What is left as it comes is half precision in any model that is worth its disk.
+        {name: (found or torch.float16).itemsize for name, found in dtypes.items()},
+        recipe.architecture.denoiser,
+        recipe.native_size,
+        guided=recipe.guidance_scale > 1,
+    )
+    return choose_fit(free_bytes(device), needs)
 
 
 def module_dtype(

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusion.denoising import Embeddings, is_guided
+from diffusion.fitting import visiting
 from diffusion.recipe import Recipe
 from diffusion.request import GenerationRequest, Plan, plan
 
@@ -58,14 +59,18 @@ class Model:
         self._log_dropped_tokens("prompt", wanted.prompt)
         if guided and wanted.negative_prompt is not None:
             self._log_dropped_tokens("negative_prompt", wanted.negative_prompt)
-        encoded = self.pipeline.encode_prompt(
-            prompt=wanted.prompt,
-            negative_prompt=wanted.negative_prompt,
-            **dict.fromkeys(architecture.further_prompts),
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-        )
+        encoders = [
+            getattr(self.pipeline, part.encoder) for part in architecture.tokenizers.values()
+        ]
+        with visiting([encoder for encoder in encoders if encoder is not None], self.device):
+            encoded = self.pipeline.encode_prompt(
+                prompt=wanted.prompt,
+                negative_prompt=wanted.negative_prompt,
+                **dict.fromkeys(architecture.further_prompts),
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=guided,
+            )
         return dict(zip(architecture.embeddings, encoded, strict=True))
 
     def _log_dropped_tokens(self, name: str, text: str) -> None:

@@ -100,29 +100,31 @@ def _prepare(
     """Everything that can fail. `new` gets those modules of `old` that it keeps, once nothing can fail any more."""
     moves: list[_Move] = []
     kept: dict[str, nn.Module] = {}
-    built: list[nn.Module] = []
+    built: list[tuple[nn.Module, torch.device]] = []
     for name in recipe.architecture.modules:
         module, predecessor = getattr(new, name), getattr(old, name, None)
         if module is None:
             continue  # a part that this version does without
         waiting = dict(slots(module, module_dtype(module, recipe, dtype)))
         targets = predecessor.state_dict() if predecessor is not None else {}
+        # Some parts may lie in host memory, where the card has no room for them.
+        place = next(iter(targets.values())).device if targets else device
         if (
             predecessor is not None
             and _same_config(module, predecessor)
-            and _fit(waiting, targets, device)
+            and _fit(waiting, targets, place)
         ):
             kept[name] = predecessor
         else:
-            built.append(module)
+            built.append((module, place))
             targets = {
-                key: torch.empty(slot.shape, dtype=slot.final_dtype, device=device)
+                key: torch.empty(slot.shape, dtype=slot.final_dtype, device=place)
                 for key, slot in waiting.items()
             }
         moves.extend(_Move(slot, targets[key]) for key, slot in waiting.items())
     scratch = torch.empty(_scratch_bytes(moves), dtype=torch.uint8, device=device)
-    for module in built:
-        move_buffers(module, device)
+    for module, place in built:
+        move_buffers(module, place)
     for name, predecessor in kept.items():
         setattr(new, name, predecessor)
     return moves, scratch

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion.build import build_pipeline
 from diffusion.engine import Engine
+from diffusion.fitting import Fit
 from diffusion.recipe import Recipe, SchedulerRecipe
 
 TRAILING = SchedulerRecipe(
@@ -81,6 +82,7 @@ def build(
     tensors: Iterable[Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    fit: Fit | None = None,
 ) -> StableDiffusionXLPipeline:
     return build_pipeline(
         read_configs(folder) if configs is None else configs,
@@ -88,6 +90,7 @@ def build(
         recipe,
         device=torch.device(device),
         dtype=dtype,
+        fit=fit,
     )
 
 

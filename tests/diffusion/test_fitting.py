@@ -1,0 +1,215 @@
+"""Which layout a card of a given size gets, and that a model laid out so makes the same images."""
+
+import logging
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffusion.engine import Engine, GenerationRequest
+from diffusion.fitting import GIB, Fit, Needs, choose_fit, decode_in_tiles, needs_of, visiting
+from tests.diffusion.support import LIGHTNING, build, pixels
+
+REQUEST = GenerationRequest(prompt="a small red boat", width=64, height=64, seed=3)
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> dict[str, torch.nn.Module]:
+    """SDXL at its real dimensions, without memory: what its repo's configs say."""
+    with init_empty_weights():
+        return {
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    hidden_size=768,
+                    intermediate_size=3072,
+                    num_hidden_layers=12,
+                    num_attention_heads=12,
+                    projection_dim=768,
+                )
+            ),
+            "text_encoder_2": CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    hidden_size=1280,
+                    intermediate_size=5120,
+                    num_hidden_layers=32,
+                    num_attention_heads=20,
+                    projection_dim=1280,
+                )
+            ),
+            "unet": UNet2DConditionModel(
+                sample_size=128,
+                block_out_channels=(320, 640, 1280),
+                down_block_types=(
+                    "DownBlock2D",
+                    "CrossAttnDownBlock2D",
+                    "CrossAttnDownBlock2D",
+                ),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=[1, 2, 10],
+                attention_head_dim=[5, 10, 20],
+                cross_attention_dim=2048,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            ),
+            "vae": AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+                latent_channels=4,
+                sample_size=1024,
+            ),
+        }
+
+
+def sdxl_needs(modules, *, vae_bytes: int = 2) -> Needs:
+    item_bytes = dict.fromkeys(modules, 2) | {"vae": vae_bytes}
+    return needs_of(modules, item_bytes, "unet", 1024, guided=False)
+
+
+def test_the_count_of_sdxl_is_what_its_files_weigh(sdxl):
+    needs = sdxl_needs(sdxl)
+
+    # In half precision, from its repo: UNet 5.14 GB and VAE 0.17, text encoders 0.25 and 1.39.
+    assert needs.others / 1e9 == pytest.approx(5.14 + 0.17, abs=0.02)
+    assert needs.text / 1e9 == pytest.approx(0.25 + 1.39, abs=0.02)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that were alive at once of what was made inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, storage._cdata, None)
+                self.bytes = max(self.bytes, sum(self._alive.values()))
+        return made
+
+
+def test_the_estimates_are_above_what_is_counted_and_not_far(sdxl):
+    # On the meta device, where a pass costs nothing and has all its tensors.
+    needs = sdxl_needs(sdxl)
+    for module in sdxl.values():
+        module.half().requires_grad_(False)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16, device="meta")
+
+    with torch.inference_mode(), Peak() as decoding:
+        sdxl["vae"].decode(empty(1, 4, 128, 128))
+    with torch.inference_mode(), Peak() as denoising:
+        sdxl["unet"](
+            empty(1, 4, 128, 128),
+            empty(),
+            encoder_hidden_states=empty(1, 77, 2048),
+            added_cond_kwargs={"text_embeds": empty(1, 1280), "time_ids": empty(1, 6)},
+        )
+
+    assert decoding.bytes <= needs.decoding <= 2 * decoding.bytes
+    assert denoising.bytes <= needs.denoising <= 2 * denoising.bytes
+
+
+@pytest.mark.parametrize(
+    ("card_gib", "vae_bytes", "expected"),
+    [
+        (80, 2, Fit()),
+        (23, 4, Fit()),
+        (15.5, 2, Fit()),
+        (11.2, 2, Fit()),
+        (11.2, 4, Fit(tiles=True)),
+        (7.4, 2, Fit(tiles=True, text_on_host=True)),
+        (7.4, 4, Fit(tiles=True, text_on_host=True)),
+    ],
+)
+def test_every_card_gets_the_fastest_layout_that_fits(sdxl, card_gib, vae_bytes, expected):
+    assert choose_fit(int(card_gib * GIB), sdxl_needs(sdxl, vae_bytes=vae_bytes)) == expected
+
+
+def test_a_smaller_layout_is_said_in_the_log(sdxl, caplog):
+    with caplog.at_level(logging.INFO, logger="diffusion"):
+        choose_fit(int(80 * GIB), sdxl_needs(sdxl))
+        choose_fit(int(7.4 * GIB), sdxl_needs(sdxl))
+
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "7.4 GiB of the card are free, and this model would take about 9.1: the text encoders stay in host memory and "
+        "the decoder works in tiles."
+    )
+
+
+def test_a_card_that_is_too_small_gets_the_smallest_layout_and_a_warning(sdxl, caplog):
+    assert choose_fit(int(4 * GIB), sdxl_needs(sdxl)) == Fit(tiles=True, text_on_host=True)
+
+    assert "large images may fail" in caplog.text
+
+
+def test_text_encoders_in_host_memory_make_the_same_images(model, monkeypatch):
+    # The host is the card here, so what is looked at is that nothing but their place changes.
+    plain, laid_out = build(model), build(model, fit=Fit(text_on_host=True))
+
+    (expected,) = Engine(plain, LIGHTNING).generate(REQUEST)
+    (made,) = Engine(laid_out, LIGHTNING).generate(REQUEST)
+
+    np.testing.assert_array_equal(pixels(made.image), pixels(expected.image))
+
+
+def test_modules_visit_a_device_and_come_back_to_the_memory_they_left(monkeypatch):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).half()
+    places = [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
+
+    class Elsewhere:
+        """A device of another name, so that tensors are moved; torch has but one in a machine without a card."""
+
+    visited = []
+    original = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, device: object, **_: object) -> torch.Tensor:
+        visited.append(tensor.data_ptr())
+        return original(tensor, torch.device("cpu"), copy=True)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with visiting([module], Elsewhere()):
+        during = [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
+
+    assert visited == places
+    assert not set(during) & set(places)
+    after = [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
+    assert after == places
+
+
+def test_a_decoder_in_tiles_begins_where_one_tile_ends(model):
+    plain, tiled = build(model), build(model, fit=Fit(tiles=True))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 96, 96, generator=generator)  # 768 pixels: two tiles a side
+
+    shapes = []
+    tiled.vae.decoder.register_forward_hook(
+        lambda _, inputs, __: shapes.append(inputs[0].shape[2:])
+    )
+    with torch.inference_mode():
+        small = [vae.decode(latents[..., :64, :64])[0] for vae in (plain.vae, tiled.vae)]
+        large = [vae.decode(latents)[0] for vae in (plain.vae, tiled.vae)]
+
+    assert torch.equal(*small)
+    assert large[0].shape == large[1].shape
+    assert len(shapes) == 1 + 4
+    assert max(max(shape) for shape in shapes) == 64
+    decode_in_tiles(plain.vae)
+    with torch.inference_mode():
+        assert torch.equal(plain.vae.decode(latents)[0], large[1])
