@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +31,15 @@ from diffusion.line import Job, Line
 from diffusion.model import Model
 from diffusion.recipe import SDXL
 from diffusion.request import GenerationRequest, Plan
+from diffusion.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+# A turn of one model lasts so many times what it takes to switch, if others wait for another one; in seconds, at least.
+SWITCHES_IN_A_TURN = 10
+SHORTEST_TURN = 1.0
 
 # How many steps the host may be ahead of a card: one keeps it busy, more would make those who left run on.
 STEPS_AHEAD = 1
@@ -45,8 +50,8 @@ class GeneratedImage:
     """One image, what made it, and the seconds each stage took.
 
     Stages: "wait" for the device, "prompt" (0 but for a request's first image, whose embeddings the others share),
-    "denoise", "decode"; of what it shared with others, its share. `version` is the model's that made it: another may
-    serve by the time somebody asks.
+    "denoise", "decode"; of what it shared with others, its share; "switch", where models take turns. `version` is the
+    model's that made it: another may serve by the time somebody asks.
     """
 
     image: Image.Image
@@ -88,14 +93,18 @@ class _UnderWay:
 class DeviceLoop:
     """Serves the line, from its first job until `stop`.
 
-    `model` makes the requests that have not begun. It may be set while one has the device alone (`paused`).
+    `models` make the requests that have not begun, by their names; the first one's is `default`. They may be changed
+    while one has the device alone (`paused`).
 
     Args:
         company_seconds: how long the first of the line waits for others to share its passes.
     """
 
     def __init__(self, model: Model, company: Company, company_seconds: float) -> None:
-        self.model = model
+        self.models = {model.name: model}
+        self.default = model.name
+        # Whose weights lie on the device.
+        self.shelf = Shelf(model)
         self._device = model.device
         self._clock = Clock(model.device)
         self._company = company
@@ -135,7 +144,7 @@ class DeviceLoop:
 
     def record(self, plan: Plan, together: int = 1) -> None:
         """A chore: have a graph ready for `together` images of a plan's size, and the decoder's kernels chosen."""
-        model = self.model
+        model = self.models[self.shelf.loaded]
         embeddings = model.encode(plan)
         images = [
             Denoising(
@@ -234,7 +243,7 @@ class DeviceLoop:
                 if not self._images and not self._pausing:
                     wait = self._line.seconds_for_company(room, self._company_seconds)
                 if wait == 0.0:
-                    newcomers = self._line.take(room, joining, self._may_begin)
+                    newcomers = self._take(room, joining)
                     self._begun.update(job for job, _ in newcomers)
                     if newcomers or self._images:
                         return newcomers
@@ -255,6 +264,24 @@ class DeviceLoop:
         with self._changed:
             self._at_a_chore = False
             self._changed.notify_all()
+
+    def _take(self, room: int, joining: Hashable | None) -> list[tuple[Job[Wish], int]]:
+        """Whose turn it is. Between models, those of the one on the device go first while that is bearable."""
+        first = next(filter(self._may_begin, self._line), None)
+        if first is None:
+            return []
+        if joining is None and first.detail.model.name != self.shelf.loaded:
+            bearable = max(SHORTEST_TURN, SWITCHES_IN_A_TURN * self.shelf.seconds)
+            if time.perf_counter() - first.asked < bearable:
+                stay = self._line.take(
+                    room,
+                    eligible=lambda job: (
+                        self._may_begin(job) and job.detail.model.name == self.shelf.loaded
+                    ),
+                )
+                if stay:
+                    return stay
+        return self._line.take(room, joining, self._may_begin)
 
     def _may_begin(self, job: Job[Wish]) -> bool:
         return not self._pausing or job in self._begun
@@ -290,10 +317,14 @@ class DeviceLoop:
         """The prompt read, where it has not been, and the noise that the image begins with."""
         wish, spent = job.detail, Spent()
         begun = self._clock.mark()
+        if self.shelf.shared:
+            self.shelf.bring(wish.model.name)
+            begun = spent.add("switch", begun, self._clock.mark())
         if wish.embeddings is None:
-            if wish.model is not self.model:
-                wish.model = self.model
-                wish.plan = self.model.plan(wish.request)
+            latest = self.models[wish.model.name]
+            if wish.model is not latest:
+                wish.plan = latest.plan(wish.request)
+                wish.model = latest
             wish.embeddings = wish.model.encode(wish.plan)
             begun = spent.add("prompt", begun, self._clock.mark())
         denoising = Denoising(
@@ -418,6 +449,8 @@ def _picture(image: _UnderWay, decoded: Decoded) -> GeneratedImage:
         is_sdxl=wish.model.recipe.pipeline == SDXL.pipeline,
     )
     spent = {stage: image.spent.seconds(stage) for stage in ("prompt", "denoise", "decode")}
+    if (switch := image.spent.seconds("switch")) > 0:
+        spent["switch"] = switch
     return GeneratedImage(
         picture,
         image.seed,

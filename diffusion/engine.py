@@ -19,11 +19,13 @@ from PIL import Image
 from diffusion.company import Company
 from diffusion.denoising import is_guided
 from diffusion.device_loop import DeviceLoop, GeneratedImage, Wish
+from diffusion.errors import RequestError
 from diffusion.line import Job
 from diffusion.model import Model
 from diffusion.recipe import Recipe
 from diffusion.refresh import Staged, one_refresh_at_a_time, take_over
 from diffusion.request import GenerationRequest
+from diffusion.shelf import Shelf
 from diffusion.sizes import ASPECT_RATIOS, size_for
 from diffusion.speed import Speed
 
@@ -57,6 +59,7 @@ class Engine:
 
     Args:
         version: names the model that the pipeline was built from; whatever name is given, every image carries it.
+        name: what requests call this model, where there is more than one (`add_model`).
         batch_size: how many images may share the denoiser's passes. On a CPU, where that is 8 by default, images are
             the same in company as alone, bit for bit. A card's kernels differ in their last bits, so there it is 1
             by default.
@@ -73,8 +76,9 @@ class Engine:
         batch_size: int | None = None,
         batch_seconds: float = 0.0,
         float8: bool = False,
+        name: str = "",
     ) -> None:
-        model = Model(pipeline, recipe, version)
+        model = Model(pipeline, recipe, version, name)
         self._device, self._dtype = model.device, model.dtype
         on_cpu = self._device.type == "cpu"
         most = batch_size or (MOST_TOGETHER_ON_CPU if on_cpu else 1)
@@ -85,17 +89,40 @@ class Engine:
         weakref.finalize(self, self._loop.stop)
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """What requests can name; the first serves those that name none."""
+        return tuple(self._loop.models)
+
+    @property
     def recipe(self) -> Recipe:
-        return self._loop.model.recipe
+        return self.recipe_of(None)
+
+    def recipe_of(self, name: str | None) -> Recipe:
+        """Raises `RequestError` for a model that is not there."""
+        return self._model(name).recipe
 
     @property
     def version(self) -> str | None:
-        """The version that serves now. A `GeneratedImage` says which one made it."""
-        return self._loop.model.version
+        """The version of the first model that serves now. A `GeneratedImage` says which one made it."""
+        return self.version_of(None)
+
+    def version_of(self, name: str | None) -> str | None:
+        """The version of a model that serves now. Raises `RequestError` for one that is not there."""
+        return self._model(name).version
 
     @property
     def _pipeline(self) -> DiffusionPipeline:
-        return self._loop.model.pipeline
+        pipeline: DiffusionPipeline = self._model(None).pipeline
+        return pipeline
+
+    def _model(self, name: str | None) -> Model:
+        models = self._loop.models
+        wanted = self._loop.default if name is None else name
+        if wanted not in models:
+            raise RequestError(
+                f"model is {name!r}; this server has {', '.join(map(repr, models))}."
+            )
+        return models[wanted]
 
     def submit(self, request: GenerationRequest, cancelled: Event | None = None) -> Generation:
         """Put a request in the line. Raises `RequestError` for what this checkpoint cannot do.
@@ -104,13 +131,13 @@ class Engine:
         another version has taken over before the first image, and cannot do it. Other requests are served all the same.
         Once its first image has begun, all of a request's images are made by the same version.
         """
-        model = self._loop.model
+        model = self._model(request.model)
         return self._submit(Wish(request, model.plan(request), model), cancelled or Event())
 
     def _submit(self, wish: Wish, cancelled: Event) -> Generation:
         plan = wish.plan
         job = Job(
-            (plan.width, plan.height, is_guided(wish.model.denoiser, plan)),
+            (wish.model.name, plan.width, plan.height, is_guided(wish.model.denoiser, plan)),
             tuple(Future() for _ in plan.seeds),
             cancelled,
             wish,
@@ -129,7 +156,7 @@ class Engine:
 
         Errors are those of `submit`. Dropping or closing the iterator cancels what it has not handed out.
         """
-        model = self._loop.model
+        model = self._model(request.model)
         wish = Wish(request, model.plan(request), model)
         return self._images(wish, cancelled or Event())
 
@@ -147,24 +174,45 @@ class Engine:
         finally:
             generation.cancel()
 
-    def replace(self, staged: Staged, *, patience: float = 600.0) -> float:
+    def add_model(self, name: str, staged: Staged) -> None:
+        """Serve another model too, in turns with those that are there, from host memory.
+
+        Raises `ModelError` when its parts are not built like theirs.
+        """
+        with one_refresh_at_a_time, self._loop.paused(patience=600.0):
+            self._put_on_shelf(name, staged)
+
+    def _put_on_shelf(self, name: str, staged: Staged) -> None:
+        model = self._loop.shelf.add(name, staged)
+        self._loop.models[name] = model
+        self._speed.prepare(model.denoiser, model.pipeline.vae)
+
+    def replace(self, staged: Staged, *, name: str | None = None, patience: float = 600.0) -> float:
         """Serve another version from now on; returns the seconds for which new requests had to wait.
 
         Requests under way end with the version they began with, and those that come meanwhile wait for the new one.
         Where shapes stay the same its tensors lie where the old ones lay (see `take_over`).
 
+        Args:
+            name: the model that it is a version of; the first by default.
+
         Raises `BusyError` when requests under way are not done after `patience` seconds, and `ModelError` when the
-        device has no room for a part that changed. The old version then goes on serving.
+        device has no room for a part that changed, or models that share modules would differ in them. The old version
+        then goes on serving.
         """
         with one_refresh_at_a_time:
             closed = time.perf_counter()
             with self._loop.paused(patience):
                 begun = time.perf_counter()
-                old = self._loop.model
-                take_over(staged, old.pipeline, device=self._device, dtype=self._dtype)
-                model = Model(staged.pipeline, staged.recipe, staged.version)
-                self._speed.prepare(model.denoiser, model.pipeline.vae)
-                self._loop.model = model
+                old = self._model(name)
+                if self._loop.shelf.shared:
+                    self._put_on_shelf(old.name, staged)
+                else:
+                    take_over(staged, old.pipeline, device=self._device, dtype=self._dtype)
+                    model = Model(staged.pipeline, staged.recipe, staged.version, old.name)
+                    self._speed.prepare(model.denoiser, model.pipeline.vae)
+                    self._loop.models[old.name] = model
+                    self._loop.shelf = Shelf(model)
                 done = time.perf_counter()
         logger.info(
             "Version %s took over from %s in %.2f s, after %.2f s for the requests under way.",
@@ -194,7 +242,7 @@ class Engine:
 
     def _when_idle(self, width: int, height: int, together: int) -> Future[None]:
         request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
-        plan = self._loop.model.plan(request)
+        plan = self._model(None).plan(request)
         done = self._loop.when_idle(partial(self._loop.record, plan, together))
         done.add_done_callback(partial(_log_failure, f"{together} of {width}x{height}"))
         return done

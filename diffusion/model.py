@@ -22,6 +22,7 @@ class Model:
     pipeline: DiffusionPipeline
     recipe: Recipe
     version: str | None
+    name: str = ""
 
     @property
     def denoiser(self) -> Any:

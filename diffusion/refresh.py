@@ -111,7 +111,7 @@ def _prepare(
         place = next(iter(targets.values())).device if targets else device
         if (
             predecessor is not None
-            and _same_config(module, predecessor)
+            and same_config(module, predecessor)
             and _fit(waiting, targets, place)
         ):
             kept[name] = predecessor
@@ -130,7 +130,7 @@ def _prepare(
     return moves, scratch
 
 
-def _same_config(one: nn.Module, other: nn.Module) -> bool:
+def same_config(one: nn.Module, other: nn.Module) -> bool:
     def meaning(module: Any) -> dict[str, Any]:
         config = module.config
         # transformers has a class for it, diffusers a dictionary.

@@ -21,9 +21,9 @@ MAX_PROMPT_CHARACTERS = 10_000
 class GenerationRequest:
     """One caller's wish. None means: whatever the checkpoint does best (and for the seed, a random one).
 
-    Sizes are in pixels. Image k of `num_outputs` uses seed + k, and is exactly the image that seed gives alone.
-    Seeds have 63 bits, of which torch's CPU generator reads the low 32; they are handed to it as they are, so that
-    stock diffusers makes the same image of the same seed.
+    `model` is one of the engine's, by name; None is its first. Sizes are in pixels. Image k of `num_outputs` uses
+    seed + k, and is exactly the image that seed gives alone. Seeds have 63 bits, of which torch's CPU generator reads
+    the low 32; they are handed to it as they are, so that stock diffusers makes the same image of the same seed.
     """
 
     prompt: str
@@ -34,6 +34,7 @@ class GenerationRequest:
     guidance_scale: float | None = None
     seed: int | None = None
     num_outputs: int = 1
+    model: str | None = None
 
 
 @dataclass(frozen=True)

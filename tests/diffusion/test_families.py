@@ -104,7 +104,9 @@ def test_a_new_version_takes_over_and_its_pixels_are_stocks(folder, engine, stoc
     configs = read_configs(folder)
     other = Engine(build(folder, recipe), recipe, "old")
     with torch.no_grad():
-        for parameter in other._loop.model.denoiser.parameters():
+        for parameter in other._pipeline.components[
+            other.recipe.architecture.denoiser
+        ].parameters():
             parameter.zero_()
 
     other.replace(stage(configs, read_tensors(folder), recipe, "new"))
