@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffusion.engine import Engine
+    from diffusion.refresh import Staged
     from settings import RunnerSettings
 
 PROGRESS_SECONDS = 2.0  # between two lines about the weights in the setup log
@@ -85,7 +86,37 @@ def _load(
             _compare_beside(bucket, stream, settings)
         engine = _build_engine(stream, settings, cold_start, open_things)
         _note_bytes(cold_start, stream, stream.counters())
+    if len(settings.model_paths) > 1:
+        with cold_start.phase("further models", after=("build",)):
+            for model_path in settings.model_paths[1:]:
+                _add_model(bucket, model_path, engine, settings)
     return engine
+
+
+def _add_model(
+    bucket: Bucket | None, model_path: str, engine: Engine, settings: RunnerSettings
+) -> None:
+    """Read one more model into host memory, to take turns with those that are there."""
+    begun = time.monotonic()
+    engine.add_model(model_path, _staged(bucket, model_path, None, settings))
+    logger.info(
+        "%s %s waits in host memory, %.1f s",
+        model_path,
+        engine.version_of(model_path),
+        time.monotonic() - begun,
+    )
+
+
+def _staged(
+    bucket: Bucket | None, model_path: str, version: str | None, settings: RunnerSettings
+) -> Staged:
+    """A whole model in host memory, read and checked beside the one that serves."""
+    from diffusion.refresh import stage
+
+    with open_model(bucket, model_path, version, options=read_options(settings)) as stream:
+        return stage(
+            stream.configs(), _reporting_progress(stream), recipe_of(stream), stream.version
+        )
 
 
 def _compare_beside(bucket: Bucket, stream: ModelStream, settings: RunnerSettings) -> None:
@@ -182,6 +213,7 @@ def _build_engine(
         batch_size=settings.batch_size,
         batch_seconds=settings.batch_wait_ms / 1000,
         float8=settings.float8 == "on",
+        name=settings.model_path,
     )
     # A card compiles and caches kernels at their first use; on a CPU an image would only delay READY.
     warm_up = 0.0
@@ -267,7 +299,7 @@ def _reporting_progress(stream: ModelStream) -> Iterator[LandedTensor]:
 
 
 class Refresher:
-    """Asks every few seconds whether another version is published, and has the engine serve it from then on.
+    """Asks every few seconds whether other versions are published, and has the engine serve them from then on.
 
     Requests go on meanwhile: the new version is read, verified and checked in host memory, and only its copying into
     the old one's place makes anybody wait. Whatever goes wrong is logged, and the old version goes on serving.
@@ -280,8 +312,8 @@ class Refresher:
         self._stopped = threading.Event()
         assert settings.model_bucket is not None  # noqa: S101 - the settings see to it
         self._bucket = Bucket(settings, settings.model_bucket)
-        self._watch = LatestWatch(self._bucket, settings.model_path)
-        self._refused: str | None = None
+        self._watches = {path: LatestWatch(self._bucket, path) for path in settings.model_paths}
+        self._refused: set[str | None] = set()
         self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
 
     def start(self) -> None:
@@ -293,38 +325,33 @@ class Refresher:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._seconds):
-            try:
-                self.refresh()
-            except (WeightsError, DiffusionError) as error:
-                logger.warning("not refreshed, and %s goes on: %s", self._engine.version, error)
-            except Exception:
-                logger.exception("not refreshed, and %s goes on", self._engine.version)
+            for model_path in self._watches:
+                served = self._engine.version_of(model_path)
+                try:
+                    self._refresh(model_path)
+                except (WeightsError, DiffusionError) as error:
+                    logger.warning("not refreshed, and %s goes on: %s", served, error)
+                except Exception:
+                    logger.exception("not refreshed, and %s goes on", served)
 
     def refresh(self) -> bool:
         """Take over what is published now; whether that was another version. Raises WeightsError, DiffusionError."""
-        published = self._watch.version()
-        if published is None or published in (self._engine.version, self._refused):
+        others = [model_path for model_path in self._watches if self._refresh(model_path)]
+        return len(others) > 0
+
+    def _refresh(self, model_path: str) -> bool:
+        published, served = self._watches[model_path].version(), self._engine.version_of(model_path)
+        if published is None or published == served or published in self._refused:
             return False
-        logger.info(
-            "version %s was published: reading it beside %s", published, self._engine.version
-        )
+        logger.info("version %s was published: reading it beside %s", published, served)
         from diffusion.errors import BusyError
-        from diffusion.refresh import stage
 
         try:
-            with open_model(
-                self._bucket,
-                self._settings.model_path,
-                published,
-                options=read_options(self._settings),
-            ) as stream:
-                staged = stage(
-                    stream.configs(), _reporting_progress(stream), recipe_of(stream), published
-                )
-            self._engine.replace(staged)
+            staged = _staged(self._bucket, model_path, published, self._settings)
+            self._engine.replace(staged, name=model_path)
         except BusyError:
             raise  # another time
         except DiffusionError:
-            self._refused = published  # it will not fit the next time either
+            self._refused.add(published)  # it will not fit the next time either
             raise
         return True

@@ -64,6 +64,13 @@ def check_model_path(value: str) -> str:
     return _key_prefix(value)
 
 
+def _model_paths(value: str) -> tuple[str, ...]:
+    paths = tuple(check_model_path(path.strip()) for path in value.split(","))
+    if len(set(paths)) < len(paths):
+        raise ValueError("must not name a model twice")
+    return paths
+
+
 def _http_url(value: str) -> str:
     try:
         url = urlsplit(value)
@@ -290,9 +297,10 @@ class CommandSettings(StorageSettings):
 class RunnerSettings(StorageSettings):
     """What the serving container needs beside the storage: which model, where images go, on which device."""
 
-    model_path: Annotated[str, AfterValidator(check_model_path)] = _variable(
+    model_paths: Annotated[tuple[str, ...], BeforeValidator(_model_paths)] = _variable(
         "MODEL_PATH",
-        "the model's folder in the bucket, as published by scripts/prepare_model.py",
+        "the model's folder in the bucket, as published by scripts/prepare_model.py; or several of one architecture, "
+        "separated by commas",
         "ByteDance/SDXL-Lightning",
     )
     model_folder: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
@@ -418,6 +426,11 @@ class RunnerSettings(StorageSettings):
         default=None,
     )
 
+    @property
+    def model_path(self) -> str:
+        """The first model's, which serves requests that name none."""
+        return self.model_paths[0]
+
     @field_validator("model_bucket")
     @classmethod
     def _read_from_somewhere(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -431,6 +444,19 @@ class RunnerSettings(StorageSettings):
             raise ValueError(
                 "MODEL_REFRESH_SECONDS asks a bucket for other versions, and MODEL_BUCKET_NAME names none: set it, "
                 "or unset MODEL_REFRESH_SECONDS."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _several_models_are_the_published_ones(self) -> RunnerSettings:
+        if len(self.model_paths) > 1 and self.model_version is not None:
+            raise ValueError(
+                "MODEL_VERSION is a version of one model, and MODEL_PATH names several: unset it, or name one model."
+            )
+        if len(self.model_paths) > 1 and self.model_bucket is None:
+            raise ValueError(
+                "MODEL_PATH names several models, of which only one can be baked in: set MODEL_BUCKET_NAME to the "
+                "bucket that holds the others, or name one model."
             )
         return self
 

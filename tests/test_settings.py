@@ -239,3 +239,23 @@ def test_google_is_shown_no_keypair_of_another_server():
 def test_an_emulator_may_be_named_without_a_scheme():
     settings = load_source_settings({"STORAGE_EMULATOR_HOST": "localhost:9023"})
     assert settings.gcs_storage().endpoint_url == "http://localhost:9023"
+
+
+def test_several_models_are_named_with_commas_and_the_first_is_the_one():
+    settings = load_runner_settings(COMPLETE | {"MODEL_PATH": " a/one/, b/two ,c"})
+
+    assert settings.model_paths == ("a/one", "b/two", "c")
+    assert settings.model_path == "a/one"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"MODEL_PATH": "a/one,b/two,a/one/"}, "must not name a model twice"),
+        ({"MODEL_PATH": "a/one,,b"}, "must not be empty"),
+        ({"MODEL_PATH": "a,b", "MODEL_VERSION": "0" * 32}, "MODEL_VERSION is a version of one model"),
+    ],
+)
+def test_several_models_that_make_no_sense_are_refused(changes, words):
+    with pytest.raises(SettingsError, match=words):
+        load_runner_settings(COMPLETE | changes)
