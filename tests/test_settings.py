@@ -253,7 +253,10 @@ def test_several_models_are_named_with_commas_and_the_first_is_the_one():
     [
         ({"MODEL_PATH": "a/one,b/two,a/one/"}, "must not name a model twice"),
         ({"MODEL_PATH": "a/one,,b"}, "must not be empty"),
-        ({"MODEL_PATH": "a,b", "MODEL_VERSION": "0" * 32}, "MODEL_VERSION is a version of one model"),
+        (
+            {"MODEL_PATH": "a,b", "MODEL_VERSION": "0" * 32},
+            "MODEL_VERSION is a version of one model",
+        ),
     ],
 )
 def test_several_models_that_make_no_sense_are_refused(changes, words):
