@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 EDGE = 256  # the longer one of a picture, in pixels, at most
 
 # Colours come from large areas and edges from small ones, so samples are fields of noise from coarse to fine. For SDXL
-# these eight are a twelfth of the work of decoding one image of 1024x1024.
+# these eight are a fifteenth of the work of decoding one image of 1024x1024.
 _SAMPLE_EDGE = 12  # in latents
 _COARSENESS = (2, 3, 6, 12)
 _SAMPLES_OF_EACH = 2
