@@ -60,10 +60,7 @@ class Watching:
         @functools.wraps(step)  # pipelines look at its signature for what it takes
         def step_and_keep(*arguments: Any, return_dict: bool = True, **options: Any) -> Any:
             output = step(*arguments, **options, return_dict=True)
-            clean = getattr(output, "pred_original_sample", None)
-            self._clean = (
-                getattr(output, "denoised", None) if clean is None else clean
-            )  # LCM's name
+            self._clean = _estimate(scheduler, output, *arguments)
             return output if return_dict else output.to_tuple()
 
         scheduler.step = step_and_keep
@@ -81,3 +78,15 @@ class Watching:
         except Exception:
             logger.exception("Nobody is told any more how far seed %d is.", self._seed)
             self._watch = None
+
+
+def _estimate(scheduler: Any, output: Any, *arguments: Any) -> "torch.Tensor | None":
+    """The finished latents as a step saw them coming; `arguments` are what it was given."""
+    for name in ("pred_original_sample", "denoised"):  # LCM's is the second
+        if (clean := getattr(output, name, None)) is not None:
+            return clean  # type: ignore[no-any-return]
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        # It has no name for them, but what it steps along is the straight line to them (arXiv 2210.02747).
+        velocity, _timestep, sample = arguments[:3]
+        return sample - scheduler.sigmas[scheduler.step_index - 1] * velocity  # type: ignore[no-any-return]
+    return None

@@ -15,7 +15,7 @@ from PIL import Image
 from diffusion import previews
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import NonFiniteError
-from diffusion.recipe import SchedulerRecipe
+from diffusion.recipe import Recipe, SchedulerRecipe
 from diffusion.refresh import stage
 from diffusion.watching import Step
 from tests.diffusion.support import (
@@ -29,6 +29,7 @@ from tests.diffusion.support import (
     read_tensors,
     stock_pipeline,
 )
+from tests.support.small_families import write_small_sd3
 
 REQUEST = GenerationRequest(prompt="a small red boat", width=96, height=64, steps=4, seed=3)
 
@@ -130,13 +131,14 @@ def test_no_pixel_changes_when_somebody_watches(request, stock, folder, with_pre
 def test_other_schedulers_are_watched_without_a_trace_too(model, scheduler):
     recipe = GUIDED.model_copy(update={"scheduler": SchedulerRecipe(class_name=scheduler)})
     engine = build_engine(model, recipe)
-    unwatched = only(engine.generate(REQUEST))
+    request = dataclasses.replace(REQUEST, width=64, steps=3, guidance_scale=0.0)
+    unwatched = only(engine.generate(request))
 
-    steps, images = watched(engine)
+    steps, images = watched(engine, request)
 
     np.testing.assert_array_equal(only(images), unwatched)
     assert [step.step for step in steps] == list(range(1, steps[0].steps + 1))
-    assert all(step.preview.size == (12, 8) for step in steps)
+    assert all(step.preview.size == (8, 8) for step in steps)
 
 
 def test_a_tiny_vae_shows_what_the_steps_would_come_to(with_tiny_vae):
@@ -182,6 +184,26 @@ def test_pictures_of_what_is_to_come_are_nearer_to_it_than_pictures_of_half_nois
 
     for step, of_noise in zip(steps[:2], noisy[:2], strict=True):
         assert np.abs(pixels(step.preview) - last).mean() < np.abs(of_noise - last).mean()
+
+
+def test_stable_diffusion_3_s_straight_line_is_followed_to_its_end(tmp_path, monkeypatch):
+    folder = write_small_sd3(tmp_path / "sd3", with_t5=False)
+    engine = build_engine(folder, Recipe.from_configs(read_configs(folder)))
+    request = dataclasses.replace(REQUEST, width=64, steps=3, guidance_scale=0.0)
+    unwatched = only(engine.generate(request))
+    shown = []
+    monkeypatch.setattr(previews.Previews, "picture", lambda _, latents: shown.append(latents))
+    ends = []
+    engine._pipeline.vae.decoder.register_forward_hook(lambda _, inputs, __: ends.append(inputs[0]))
+
+    _, images = watched(engine, request)
+
+    np.testing.assert_array_equal(only(images), unwatched)
+    config = engine._pipeline.vae.config
+    (end,) = ends
+    torch.testing.assert_close(shown[-1] / config.scaling_factor + config.shift_factor, end)
+    distances = [(latents - shown[-1]).abs().mean().item() for latents in shown]
+    assert distances == sorted(distances, reverse=True)
 
 
 class _LinearVae(torch.nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from demo.s3 import Fault
 from demo.small_sdxl import write_small_sdxl
 from tests.e2e.conftest import deploy, fetch, image_urls
 from tests.support.cog_server import CogServer
@@ -107,6 +108,33 @@ def test_a_prediction_that_fails_says_so_in_the_stream(server):
     assert end.name == "completed"
     assert end.data["status"] == "failed"
     assert "num_inference_steps is 3" in end.data["error"]
+
+
+def test_an_image_is_told_of_while_the_next_one_is_not_stored_yet(server, deployment):
+    slow = Fault(kind="hold", method="PUT", bucket=deployment.images, key="*-1.png")
+
+    with EventStream(server, {"prompt": "a fox", "num_outputs": 2}) as events:
+        with deployment.s3.fault(slow):
+            told = next(event.data for event in events if event.data.get("name") == "stored")
+            assert Image.open(io.BytesIO(fetch(told["value"]["url"]))).format == "PNG"
+            assert told["value"]["image"] == 0
+        assert [event.name for event in events][-1] == "completed"
+
+
+def test_a_failed_prediction_s_metrics_are_as_empty_as_ever(server, deployment):
+    refused = Fault(
+        kind="status", method="PUT", bucket=deployment.images, key="*-1.png", status=403
+    )
+
+    with deployment.s3.fault(refused):
+        events = watched(server, num_outputs=2)
+
+    (stored,) = recorded(events, "stored")
+    end = events[-1].data
+    assert end["status"] == "failed"
+    assert stored["url"] in end["error"]
+    assert end["metrics"].keys() == {"predict_time"}
+    assert "output" not in [event.name for event in events]
 
 
 def test_a_caller_who_stops_reading_cancels_and_the_next_one_is_served(slow_server):

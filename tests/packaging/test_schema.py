@@ -172,7 +172,10 @@ def test_what_cog_cannot_read_is_refused_with_its_place_and_name(line: str, reas
         ("class Runner:\n    def run(self, x: str): ...", "no return type"),
         ("class Runner:\n    def run(self) -> str | None: ...", "no optional outputs"),
         ("class Runner:\n    def run(self) -> Iterator[list[str]]: ...", "single values"),
-        ("class Runner:\n    @streaming\n    def run(self) -> list[str]: ...", "return an iterator"),
+        (
+            "class Runner:\n    @streaming\n    def run(self) -> list[str]: ...",
+            "return an iterator",
+        ),
         ("class Runner(", "not valid Python"),
     ],
 )

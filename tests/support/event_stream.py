@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support.cog_server import CogServer
+from tests.support.cog_server import SLOT_SECONDS, CogServer
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,23 @@ class Event:
 class EventStream:
     """`with EventStream(server, {"prompt": …}) as events:` iterates until the server has no more.
 
-    Leaving the block hangs up, whether the prediction is over or not.
+    Leaving the block hangs up, whether the prediction is over or not. A 409 is asked again, as by `predict`.
     """
 
     def __init__(
         self, server: CogServer, input: Mapping[str, Any], *, timeout: float = 60.0
     ) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
         body = json.dumps({"input": dict(input)})
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        self._connection.request("POST", "/predictions", body, headers)
-        self.response = self._connection.getresponse()
+        deadline = time.monotonic() + SLOT_SECONDS
+        while True:
+            self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
+            self._connection.request("POST", "/predictions", body, headers)
+            self.response = self._connection.getresponse()
+            if self.response.status != HTTPStatus.CONFLICT or time.monotonic() > deadline:
+                break
+            self._connection.close()
+            time.sleep(0.05)
 
     def __enter__(self) -> Self:
         return self
