@@ -131,7 +131,7 @@ def test_no_pixel_changes_when_somebody_watches(request, stock, folder, with_pre
 def test_other_schedulers_are_watched_without_a_trace_too(model, scheduler):
     recipe = GUIDED.model_copy(update={"scheduler": SchedulerRecipe(class_name=scheduler)})
     engine = build_engine(model, recipe)
-    request = dataclasses.replace(REQUEST, width=64, steps=3, guidance_scale=0.0)
+    request = dataclasses.replace(REQUEST, width=64, guidance_scale=0.0)
     unwatched = only(engine.generate(request))
 
     steps, images = watched(engine, request)
@@ -189,7 +189,7 @@ def test_pictures_of_what_is_to_come_are_nearer_to_it_than_pictures_of_half_nois
 def test_stable_diffusion_3_s_straight_line_is_followed_to_its_end(tmp_path, monkeypatch):
     folder = write_small_sd3(tmp_path / "sd3", with_t5=False)
     engine = build_engine(folder, Recipe.from_configs(read_configs(folder)))
-    request = dataclasses.replace(REQUEST, width=64, steps=3, guidance_scale=0.0)
+    request = dataclasses.replace(REQUEST, width=64, guidance_scale=0.0)
     unwatched = only(engine.generate(request))
     shown = []
     monkeypatch.setattr(previews.Previews, "picture", lambda _, latents: shown.append(latents))
