@@ -97,9 +97,7 @@ class _UnderWay:
         """Say that a step is done, unless nobody asked, nobody waits any more, or it failed."""
         if self.watching is not None and self.job.open and not self.job.cancelled.is_set():
             denoising = self.denoising
-            self.watching.after_step(
-                denoising.step, len(denoising.timesteps), denoising.latents
-            )
+            self.watching.after_step(denoising.step, len(denoising.timesteps), denoising.latents)
 
 
 class DeviceLoop:
