@@ -11,16 +11,18 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from cog import BaseRunner, Input, concurrent
+from cog import BaseRunner, Input, concurrent, streaming
 
 from diffusion.errors import DiffusionError
 from diffusion.request import GenerationRequest
 from diffusion.sizes import size_for
+from events import Events
 from images.encode import encode
 from images.errors import ImagesError
 from images.provenance import Provenance
@@ -82,6 +84,7 @@ class Runner(BaseRunner):
         )
 
     # Two at a time: one request's images are encoded and uploaded while the device works for the other.
+    @streaming
     @concurrent(max=2)
     async def run(
         self,
@@ -129,8 +132,12 @@ class Runner(BaseRunner):
             default=80,
         ),
         num_outputs: int = Input(description="How many images to make", ge=1, le=4, default=1),
-    ) -> list[str]:
-        """Generate images and return their URLs, in the order of their seeds."""
+        previews: bool = Input(
+            description="Put a small picture into the event of each step, for callers who read the event stream",
+            default=False,
+        ),
+    ) -> AsyncIterator[str]:
+        """Generate images and yield their URLs, in the order of their seeds."""
         with _unexpected_errors_logged("a prediction"):
             del max_sequence_length  # accepted, and of no effect
             width, height = size_for(aspect_ratio, self.engine.recipe.native_size)
@@ -144,24 +151,33 @@ class Runner(BaseRunner):
                 seed=_whole(seed),
                 num_outputs=int(num_outputs),
             )
-            return await self._answer(request, output_format, int(output_quality))
+            answer = self._answer(request, output_format, int(output_quality), previews)
+            async with aclosing(answer) as urls:
+                async for url in urls:
+                    yield url
 
     async def _answer(
-        self, request: GenerationRequest, output_format: str, output_quality: int
-    ) -> list[str]:
-        """Generate the images one after another, each encoded and uploaded beside the next one's denoising."""
+        self, request: GenerationRequest, output_format: str, output_quality: int, previews: bool
+    ) -> AsyncGenerator[str]:
+        """Generate the images one after another, each encoded and uploaded beside the next one's denoising.
+
+        A URL goes out as soon as its image is stored and those before it are.
+        """
         prediction_id = _prediction_id()
         cancelled = threading.Event()
-        images = self.engine.generate(request, cancelled)
-        seeds: list[int] = []
+        events = Events(self, cancelled)
+        images = self.engine.generate(request, cancelled, events.watch, previews=previews)
         version: str | None = None
         timings: dict[str, float] = {}
-        uploads: list[asyncio.Task[tuple[str, dict[str, float]]]] = []
         failures: list[BaseException] = []
-        try:
+        # What is being uploaded, in the order of the seeds; None is the end.
+        uploads: asyncio.Queue[asyncio.Task[_Finished] | None] = asyncio.Queue()
+        begun: list[asyncio.Task[_Finished]] = []
+
+        async def generate() -> None:
+            nonlocal version
             try:
                 while image := await asyncio.to_thread(next, images, None):
-                    seeds.append(image.seed)
                     version = image.version
                     _add(timings, image.timings)
                     finish = asyncio.to_thread(
@@ -171,32 +187,45 @@ class Runner(BaseRunner):
                         output_format,
                         output_quality,
                         prediction_id,
-                        len(uploads),
+                        len(begun),
                     )
-                    uploads.append(asyncio.create_task(finish))
-            except DiffusionError as error:
-                failures.append(error)
+                    begun.append(asyncio.create_task(finish))
+                    uploads.put_nowait(begun[-1])
+            finally:
+                uploads.put_nowait(None)
+
+        generating = asyncio.create_task(generate())
+        finished: list[_Finished] = []
+        try:
             # All of them, also when one fails: what was generated is stored if it can be.
-            finished = await asyncio.gather(*uploads, return_exceptions=True)
+            while upload := await uploads.get():
+                try:
+                    done = await upload
+                except Exception as failure:  # noqa: BLE001 - raised below, with what was stored
+                    failures.append(failure)
+                    continue
+                finished.append(done)
+                events.stored(done.index, done.seed, done.url)
+                _add(timings, done.timings)
+                if not failures:
+                    yield done.url
+            try:
+                await generating
+            except DiffusionError as error:
+                failures.insert(0, error)
+            if failures:
+                raise _with_what_was_stored(failures[0], [done.url for done in finished])
+            self.record_metric("seed", finished[0].seed)
+            self.record_metric("model_version", version)
+            for stage, seconds_spent in timings.items():
+                self.record_metric(f"timings.{stage}", round(seconds_spent, 4))
         finally:
             # Cancelling ends the waiting but no thread: the one that generates would go through all its steps.
             cancelled.set()
-            for upload in uploads:
-                upload.cancel()
-        urls: list[str] = []
-        for result in finished:
-            if isinstance(result, BaseException):
-                failures.append(result)
-            else:
-                urls.append(result[0])
-                _add(timings, result[1])
-        if failures:
-            raise _with_what_was_stored(failures[0], urls)
-        self.record_metric("seed", seeds[0])
-        self.record_metric("model_version", version)
-        for stage, seconds_spent in timings.items():
-            self.record_metric(f"timings.{stage}", round(seconds_spent, 4))
-        return urls
+            generating.cancel()
+            for task in begun:
+                task.cancel()
+            events.end()
 
     def _finish(
         self,
@@ -206,8 +235,8 @@ class Runner(BaseRunner):
         output_quality: int,
         prediction_id: str | None,
         index: int,
-    ) -> tuple[str, dict[str, float]]:
-        """Encode and upload one image, on a thread; return its URL and the seconds both took."""
+    ) -> _Finished:
+        """Encode and upload one image, on a thread."""
         started = time.perf_counter()
         provenance = Provenance(
             prompt=request.prompt,
@@ -229,7 +258,18 @@ class Runner(BaseRunner):
         except ImagesError as error:
             raise ImagesError(f"{error}. To make it again, send seed {image.seed}") from error
         done = time.perf_counter()
-        return stored.url, {"encode": encoded_at - started, "upload": done - encoded_at}
+        seconds = {"encode": encoded_at - started, "upload": done - encoded_at}
+        return _Finished(index, image.seed, stored.url, seconds)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """An image that is stored, and the seconds that took."""
+
+    index: int
+    seed: int
+    url: str
+    timings: dict[str, float]
 
 
 def _with_what_was_stored(failure: BaseException, urls: list[str]) -> BaseException:

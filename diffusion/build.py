@@ -15,6 +15,7 @@ from torch import nn
 
 from diffusion.components import build_module, build_scheduler, build_tokenizer, parts_of
 from diffusion.errors import ModelError
+from diffusion.families import PREVIEW_VAE, PREVIEW_VAE_CLASS
 from diffusion.fitting import Fit, choose_fit, decode_in_tiles, free_bytes, needs_of
 from diffusion.landing import LandedTensor, Landing, Problems
 from diffusion.recipe import Recipe, read_config
@@ -32,6 +33,8 @@ def build_pipeline(
     fit: Fit | None = None,
 ) -> DiffusionPipeline:
     """The pipeline that stock `from_pretrained` would give, on `device` in `dtype`, with the recipe's scheduler.
+
+    Beside its components it carries, as `preview_vae`, the tiny VAE that the model was published with, or None.
 
     Args:
         configs: every file of the model that is not weights, by its path in the diffusers folder.
@@ -68,13 +71,16 @@ def build_pipeline(
         for name, tokenizer in architecture.tokenizers.items()
         if name in present
     }
+    beside: dict[str, Any] = {}
+    if f"{PREVIEW_VAE}/config.json" in configs:
+        beside[PREVIEW_VAE] = build_module(PREVIEW_VAE, PREVIEW_VAE_CLASS, configs)
     if fit is None:
         fit = _choose_fit(modules, recipe, device, dtype)
     places = {
         name: torch.device("cpu") if fit.text_on_host and _reads_text(name, recipe) else device
-        for name in modules
+        for name in modules | beside
     }
-    _land(tensors, modules, recipe, places, dtype)
+    _land(tensors, modules | beside, recipe, places, dtype)
     if fit.tiles:
         decode_in_tiles(modules["vae"])
 
@@ -84,6 +90,7 @@ def build_pipeline(
         **{name: index.get(name, default) for name, default in architecture.settings.items()},
         **architecture.arguments,
     )
+    pipeline.preview_vae = beside.get(PREVIEW_VAE)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

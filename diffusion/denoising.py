@@ -82,6 +82,11 @@ class Denoising:
         )
 
     @property
+    def scheduler(self) -> Any:
+        """This image's own."""
+        return self._scheduler
+
+    @property
     def done(self) -> bool:
         return self.step == len(self.timesteps)
 

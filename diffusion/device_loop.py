@@ -32,6 +32,7 @@ from diffusion.model import Model
 from diffusion.recipe import SDXL
 from diffusion.request import GenerationRequest, Plan
 from diffusion.shelf import Shelf
+from diffusion.watching import Watch, Watching
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class GeneratedImage:
 
 @dataclass
 class Wish:
-    """What a job in the line is about: a request, and what the model it is for made of it.
+    """What a job in the line is about: a request, what the model it is for made of it, and who watches it.
 
     `embeddings` are kept from its first image for the others.
     """
@@ -72,6 +73,8 @@ class Wish:
     request: GenerationRequest
     plan: Plan
     model: Model
+    watch: Watch | None = None
+    previews: bool = False
     embeddings: Embeddings | None = None
 
 
@@ -84,10 +87,17 @@ class _UnderWay:
     denoising: Denoising
     waited: float
     spent: Spent
+    watching: Watching | None
 
     @property
     def seed(self) -> int:
         return self.job.detail.plan.seeds[self.index]
+
+    def tell(self) -> None:
+        """Say that a step is done, unless nobody asked, nobody waits any more, or it failed."""
+        if self.watching is not None and self.job.open and not self.job.cancelled.is_set():
+            denoising = self.denoising
+            self.watching.after_step(denoising.step, len(denoising.timesteps), denoising.latents)
 
 
 class DeviceLoop:
@@ -336,7 +346,12 @@ class DeviceLoop:
             self._device,
         )
         spent.add("denoise", begun, self._clock.mark())
-        return _UnderWay(job, index, denoising, waited, spent)
+        watching = None
+        if wish.watch is not None:
+            pictures = wish.model.previews if wish.previews else None
+            watching = Watching(wish.watch, wish.plan.seeds[index], pictures)
+            watching.attach(denoising.scheduler)
+        return _UnderWay(job, index, denoising, waited, spent, watching)
 
     def _take_steps(self) -> None:
         alike: dict[object, list[_UnderWay]] = {}
@@ -369,6 +384,8 @@ class DeviceLoop:
         ended = self._clock.mark()
         for image in images:
             image.spent.add("denoise", begun, ended, len(images))
+        for image in images:
+            image.tell()
 
     def _decode_those_done(self) -> None:
         for image in [image for image in self._images if image.denoising.done]:

@@ -28,6 +28,7 @@ from diffusion.request import GenerationRequest
 from diffusion.shelf import Shelf
 from diffusion.sizes import ASPECT_RATIOS, size_for
 from diffusion.speed import Speed
+from diffusion.watching import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -124,15 +125,27 @@ class Engine:
             )
         return models[wanted]
 
-    def submit(self, request: GenerationRequest, cancelled: Event | None = None) -> Generation:
+    def submit(
+        self,
+        request: GenerationRequest,
+        cancelled: Event | None = None,
+        watch: Watch | None = None,
+        *,
+        previews: bool = False,
+    ) -> Generation:
         """Put a request in the line. Raises `RequestError` for what this checkpoint cannot do.
+
+        Args:
+            watch: called after each denoising step of each image, on the device's thread, which waits for it.
+            previews: whether `watch` gets a small picture each time. It costs a little, and no pixel of the image.
 
         A future ends with `OutOfMemoryError` or `NonFiniteError` when the device cannot, and with `RequestError` when
         another version has taken over before the first image, and cannot do it. Other requests are served all the same.
         Once its first image has begun, all of a request's images are made by the same version.
         """
         model = self._model(request.model)
-        return self._submit(Wish(request, model.plan(request), model), cancelled or Event())
+        wish = Wish(request, model.plan(request), model, watch, previews)
+        return self._submit(wish, cancelled or Event())
 
     def _submit(self, wish: Wish, cancelled: Event) -> Generation:
         plan = wish.plan
@@ -146,18 +159,24 @@ class Engine:
         return Generation(self, self._loop, job)
 
     def generate(
-        self, request: GenerationRequest, cancelled: Event | None = None
+        self,
+        request: GenerationRequest,
+        cancelled: Event | None = None,
+        watch: Watch | None = None,
+        *,
+        previews: bool = False,
     ) -> Iterator[GeneratedImage]:
         """The request's images, one by one. The request is checked at once, and put in the line with the first `next`.
 
         Args:
             cancelled: set it, from any thread, when nobody waits for the images any more. The iterator then ends
                 without a further image: at once when its turn comes, or after the denoising step it is in.
+            watch, previews: as for `submit`.
 
         Errors are those of `submit`. Dropping or closing the iterator cancels what it has not handed out.
         """
         model = self._model(request.model)
-        wish = Wish(request, model.plan(request), model)
+        wish = Wish(request, model.plan(request), model, watch, previews)
         return self._images(wish, cancelled or Event())
 
     def _images(self, wish: Wish, cancelled: Event) -> Iterator[GeneratedImage]:

@@ -43,7 +43,8 @@ class Architecture:
 
     `embeddings` names what its `encode_prompt` returns, as `__call__` takes it; `further_prompts` are arguments of
     `encode_prompt` for encoders that could read another prompt, and here read the same. Parts in `optional` may be
-    missing. `upcasts_vae`: in float16 it decodes in float32 where the VAE's config says `force_upcast`.
+    missing. `tiny_vae` is the Hub repo of one that decodes the same latents, for previews. `upcasts_vae`: in float16
+    it decodes in float32 where the VAE's config says `force_upcast`.
     """
 
     pipeline: str
@@ -54,6 +55,7 @@ class Architecture:
     default_steps: int
     guidance_scale: float
     single_file: SingleFile
+    tiny_vae: str
     further_prompts: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
     upcasts_vae: bool = False
@@ -81,6 +83,11 @@ class Family:
     steps: tuple[int, ...] | None = None
     guidance_free: bool = False
 
+
+# Beside a pipeline's components and no part of it: a tiny VAE in a folder of its own, for pictures on the way. Stock
+# diffusers, which goes by model_index.json, does not see it.
+PREVIEW_VAE: Final = "preview_vae"
+PREVIEW_VAE_CLASS: Final = ("diffusers", "AutoencoderTiny")
 
 _UNET: Final = ("diffusers", "UNet2DConditionModel")
 _VAE: Final = ("diffusers", "AutoencoderKL")
@@ -119,6 +126,7 @@ _ARCHITECTURES = (
                 "vae": "first_stage_model.",
             },
         ),
+        tiny_vae="madebyollin/taesdxl",
         upcasts_vae=True,
         # diffusers would mark every image where invisible-watermark happens to be installed.
         arguments={"add_watermarker": False},
@@ -140,6 +148,7 @@ _ARCHITECTURES = (
                 "vae": "first_stage_model.",
             },
         ),
+        tiny_vae="madebyollin/taesd",
         # What a caller may see is the owner's business, as it is for every other pipeline.
         arguments={
             "safety_checker": None,
@@ -176,6 +185,7 @@ _ARCHITECTURES = (
                 "vae": "first_stage_model.",
             },
         ),
+        tiny_vae="madebyollin/taesd3",
         # The T5 encoder is 9.5 GB in half precision, and the pipeline does without it.
         optional=frozenset({"text_encoder_3", "tokenizer_3"}),
     ),

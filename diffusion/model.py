@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from diffusion.denoising import Embeddings, is_guided
 from diffusion.fitting import visiting
+from diffusion.previews import Previews
 from diffusion.recipe import Recipe
 from diffusion.request import GenerationRequest, Plan, plan
 
@@ -27,6 +29,10 @@ class Model:
     @property
     def denoiser(self) -> Any:
         return getattr(self.pipeline, self.recipe.architecture.denoiser)
+
+    @cached_property
+    def previews(self) -> Previews:
+        return Previews(self.pipeline)
 
     @property
     def device(self) -> torch.device:

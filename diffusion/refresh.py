@@ -15,6 +15,7 @@ from torch import nn
 from diffusion.build import build_pipeline, module_dtype
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import ModelError
+from diffusion.families import PREVIEW_VAE
 from diffusion.landing import LandedTensor, Slot, move_buffers, slots
 from diffusion.recipe import Recipe
 
@@ -101,7 +102,7 @@ def _prepare(
     moves: list[_Move] = []
     kept: dict[str, nn.Module] = {}
     built: list[tuple[nn.Module, torch.device]] = []
-    for name in recipe.architecture.modules:
+    for name in (*recipe.architecture.modules, PREVIEW_VAE):
         module, predecessor = getattr(new, name), getattr(old, name, None)
         if module is None:
             continue  # a part that this version does without

@@ -57,6 +57,8 @@ class Shelf:
         }
         for part in self._first.recipe.architecture.modules:
             setattr(model.pipeline, part, getattr(self._first.pipeline, part))
+        if (tiny := model.pipeline.preview_vae) is not None:
+            tiny.to(self._device, self._first.dtype)  # so small that each keeps its own there
         if name == self.loaded:
             self._copy(name)
         return model

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion.families import PREVIEW_VAE
 from diffusion.recipe import Recipe
 from preparation import convert
 from preparation.amounts import human_size
@@ -94,7 +95,7 @@ def digests_of(folder: Path) -> Remembered:
 
 def is_rewritten(component: Component, plan: Plan) -> bool:
     """Whether the component's files may be converted, as far as their names and sizes tell."""
-    may_be_fused = bool(plan.loras) and component.name != VAE
+    may_be_fused = bool(plan.loras) and component.name not in (VAE, PREVIEW_VAE)
     too_large = _is_too_large(component, plan.shard_limit)
     is_unpacked = component.inside is not None
     return component.dtype is not None or may_be_fused or too_large or is_unpacked

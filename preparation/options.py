@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
+from diffusion.families import PREVIEW_VAE, PREVIEW_VAE_CLASS
 from diffusion.recipe import SDXL, Dtype, Source, lightning_recipe
 from preparation.convert import TORCH_NAMES
 from preparation.errors import UsageError
@@ -19,11 +20,12 @@ from preparation.lightning import LIGHTNING_REPO, lora_file
 from preparation.lora import LoraName, find_lora, on_this_disk
 from preparation.origin import Origin
 from preparation.overflow import check_class
-from preparation.plan import SCHEDULER_PATH, Component, Copy, Plan, published_texts
+from preparation.plan import SCHEDULER_PATH, Component, Copy, Plan, component_of, published_texts
 from preparation.select import select_weights
 
 LightningSteps = Literal[1, 2, 4, 8]
 DTYPES: Final = get_args(Dtype)
+KNOWN_PREVIEW_VAE: Final = "auto"  # the tiny VAE that the model's family is known by
 SMALLEST_SHARD = 1_000_000  # bytes
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
@@ -36,6 +38,7 @@ class Options:
     loras: tuple[LoraName, ...] = ()
     lightning_steps: LightningSteps | None = None
     vae: str | None = None
+    preview_vae: str | None = None
     dtype: Dtype | None = None
     max_shard_size: int | None = None
 
@@ -45,6 +48,7 @@ class Options:
             "lora": [name.recorded for name in self.loras],
             "lightning_steps": self.lightning_steps,
             "vae": self.vae and public_name(self.vae),
+            "preview_vae": self.preview_vae and public_name(self.preview_vae),
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }
@@ -75,6 +79,8 @@ def altered(plan: Plan, options: Options, hub: Hub) -> Plan:
         plan = _with_lora(plan, name, hub)
     if options.vae is not None:
         plan = _with_vae(plan, options.vae, hub)
+    if options.preview_vae is not None:
+        plan = _with_preview_vae(plan, options.preview_vae, hub)
     if options.dtype is not None:
         plan = _cast(plan, options.dtype)
     return plan
@@ -121,7 +127,6 @@ def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
     chosen = select_weights(origin.files, "vae", origin.label, folder=folder)
     vae = Component("vae", chosen.stem, origin, chosen.files, architecture="AutoencoderKL")
     _check_vae(plan, origin.read(config), place)
-    part = f"{place}@{origin.commit}" if isinstance(origin, HubRepo) else public_name(place)
     others = tuple(copy for copy in plan.copies if not copy.target.startswith("vae/"))
     plan = replace(
         plan,
@@ -129,7 +134,63 @@ def _with_vae(plan: Plan, place: str, hub: Hub) -> Plan:
         copies=(*others, Copy("vae/config.json", origin, config)),
         components=tuple(vae if found.name == "vae" else found for found in plan.components),
     )
-    return _with_parts(plan, part)
+    return _with_parts(plan, _part(place, origin))
+
+
+def _with_preview_vae(plan: Plan, place: str, hub: Hub) -> Plan:
+    """A tiny VAE beside the pipeline: of a repo or folder that holds it at its root, or a model that has one."""
+    if place == KNOWN_PREVIEW_VAE:
+        place = plan.recipe.architecture.tiny_vae
+    origin = open_place(place, hub)
+    folder = PREVIEW_VAE if f"{PREVIEW_VAE}/config.json" in origin.files else "."
+    config = "config.json" if folder == "." else f"{folder}/config.json"
+    if config not in origin.files:
+        raise UsageError(
+            f"--preview-vae {place} has no config.json, neither at its root nor under {PREVIEW_VAE}/."
+        )
+    chosen = select_weights(origin.files, PREVIEW_VAE, origin.label, folder=folder)
+    _check_preview_vae(plan, origin.read(config), place)
+    others = tuple(found for found in plan.components if found.name != PREVIEW_VAE)
+    target = f"{PREVIEW_VAE}/config.json"
+    copies = tuple(copy for copy in plan.copies if copy.target != target)
+    plan = replace(
+        plan,
+        copies=(*copies, Copy(target, origin, config)),
+        components=(*others, component_of(chosen, origin)),
+    )
+    return _with_parts(plan, _part(place, origin))
+
+
+def _check_preview_vae(plan: Plan, config: bytes, place: str) -> None:
+    """It has to decode the latents that the model's own VAE decodes."""
+    before = next(copy for copy in plan.copies if copy.target == "vae/config.json")
+    try:
+        own, tiny = json.loads(before.origin.read(before.path)), json.loads(config)
+        found = tiny.get("_class_name")
+        wanted = (own.get("latent_channels", 4), len(own["block_out_channels"]))
+        kind = (
+            tiny.get("latent_channels", 4),
+            len(tiny.get("decoder_block_out_channels", [0] * 4)),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"--preview-vae {place}: a VAE's config.json cannot be read ({error})."
+        ) from error
+    known = f"for a {plan.recipe.pipeline} {plan.recipe.architecture.tiny_vae} will do"
+    if found != PREVIEW_VAE_CLASS[1]:
+        raise UsageError(
+            f"--preview-vae {place} is an {found}, as its config.json says; previews are made with "
+            f"{PREVIEW_VAE_CLASS[1]} alone: {known}."
+        )
+    if kind != wanted:
+        raise UsageError(
+            f"--preview-vae {place} decodes latents of {kind[0]} channels with {kind[1]} levels, where {plan.source} "
+            f"has {wanted[0]} and {wanted[1]}: {known}."
+        )
+
+
+def _part(place: str, origin: Origin) -> str:
+    return f"{place}@{origin.commit}" if isinstance(origin, HubRepo) else public_name(place)
 
 
 def _check_vae(plan: Plan, config: bytes, place: str) -> None:

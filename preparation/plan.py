@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusion.errors import ModelError
-from diffusion.families import Family, family_of
+from diffusion.families import PREVIEW_VAE, PREVIEW_VAE_CLASS, Family, family_of
 from diffusion.recipe import Recipe, Source
 from preparation.convert import SHARD_LIMIT
 from preparation.described import describe_other
@@ -22,6 +22,7 @@ from preparation.origin import Origin
 from preparation.patterns import EVERYTHING, Patterns
 from preparation.select import (
     Selection,
+    WeightSet,
     published_model_index,
     read_model_index,
     select,
@@ -146,10 +147,7 @@ def plan_mirror(
         source=origin.label,
         texts=texts,
         copies=copies_of(origin, selection, texts),
-        components=tuple(
-            Component(chosen.component, chosen.stem, origin, chosen.files)
-            for chosen in selection.weights
-        ),
+        components=tuple(component_of(chosen, origin) for chosen in selection.weights),
         recipe=recipe,
         recipe_is_given=given is not None,
     )
@@ -166,9 +164,13 @@ def _select(origin: Origin, index: Mapping[str, Any], patterns: Patterns) -> Sel
     whole = select(origin.files, index, origin.label)
     if not patterns:
         return whole
+    left = patterns.narrow(origin.files)
+    if not any(path.startswith(f"{PREVIEW_VAE}/") for path in left):
+        # The one part that a pipeline does without: a pattern may leave it behind.
+        files = {path for path in origin.files if not path.startswith(f"{PREVIEW_VAE}/")}
+        whole = select(files, index, origin.label)
     given = [RECIPE_NAME] if RECIPE_NAME in origin.files else []
     patterns.check(["model_index.json", *whole.configs, *given], origin.label)
-    left = patterns.narrow(origin.files)
     for chosen in whole.weights:
         try:
             select_weights(left, chosen.component, origin.label)
@@ -237,6 +239,12 @@ def published_texts(index: Mapping[str, Any], scheduler: bytes, recipe: Recipe) 
 def copies_of(origin: Origin, selection: Selection, texts: Mapping[str, bytes]) -> tuple[Copy, ...]:
     """The selected config files, except those that are written anew."""
     return tuple(Copy(path, origin, path) for path in selection.configs if path not in texts)
+
+
+def component_of(chosen: WeightSet, origin: Origin) -> Component:
+    """The selected weights as they are. A tiny VAE is held to its config, as no pipeline's own loading would."""
+    architecture = PREVIEW_VAE_CLASS[1] if chosen.component == PREVIEW_VAE else None
+    return Component(chosen.component, chosen.stem, origin, chosen.files, architecture=architecture)
 
 
 def _dump(value: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion.families import ARCHITECTURES
+from diffusion.families import ARCHITECTURES, PREVIEW_VAE
 from preparation.errors import UsageError
 from weights.manifest import is_pickle
 
@@ -90,7 +90,7 @@ def published_model_index(index: Mapping[str, Any]) -> dict[str, Any]:
 def select(
     files: Iterable[str], index: Mapping[str, Any], where: str, elsewhere: Collection[str] = ()
 ) -> Selection:
-    """Choose the files that the pipeline of `index` needs.
+    """Choose the files that the pipeline of `index` needs, and the tiny VAE beside it where there is one.
 
     Args:
         files: every path in the repo or folder, with forward slashes.
@@ -122,6 +122,9 @@ def select(
             configs.append(_required(listing, f"{component}/config.json", where))
             if component not in elsewhere:
                 weights.append(select_weights(listing, component, where))
+    if f"{PREVIEW_VAE}/config.json" in listing:
+        configs.append(f"{PREVIEW_VAE}/config.json")
+        weights.append(select_weights(listing, PREVIEW_VAE, where))
     return Selection(tuple(configs), tuple(weights))
 
 

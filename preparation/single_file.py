@@ -24,6 +24,7 @@ from preparation.plan import (
     Component,
     Plan,
     as_family,
+    component_of,
     copies_of,
     open_model_index,
     published_texts,
@@ -91,10 +92,7 @@ def plan_single_file(checkpoint: Checkpoint, base: Origin, jobs: int) -> Plan:
                 )
                 for module, size in held.items()
             ),
-            *(
-                Component(chosen.component, chosen.stem, base, chosen.files)
-                for chosen in selection.weights
-            ),
+            *(component_of(chosen, base) for chosen in selection.weights),
         ),
         recipe=recipe,
         recipe_is_given=given is not None,

@@ -308,10 +308,33 @@ def read_output(reader: Reader, method: Method) -> dict[str, Any]:
         raise reader.refusal(
             method, f"{method.name}() has no return type; write -> list[str], for example"
         )
+    match method.returns:
+        case ast.Subscript(value=ast.Name(id="Iterator" | "AsyncIterator"), slice=inner):
+            yielded = read_type(reader, inner, f"what {method.name}() yields")
+            if yielded.repeated or yielded.optional:
+                raise reader.refusal(method.returns, "Cog has iterators of single values only")
+            array = FieldType(yielded.items, repeated=True).schema()
+            return {"title": "Output", **array, "x-cog-array-type": "iterator"}
     field_type = read_type(reader, method.returns, f"the return type of {method.name}()")
     if field_type.optional:
         raise reader.refusal(method.returns, "Cog has no optional outputs")
     return {"title": "Output", **field_type.schema()}
+
+
+def is_streaming(reader: Reader, method: Method) -> bool:
+    """Whether callers may ask for an event stream, as `@streaming` says: the server knows it from the schema alone."""
+    for decorator in method.decorator_list:
+        called = decorator.func if isinstance(decorator, ast.Call) else decorator
+        match called:
+            case (
+                ast.Name(id="streaming") | ast.Attribute(value=ast.Name(id="cog"), attr="streaming")
+            ):
+                break
+    else:
+        return False
+    if "x-cog-array-type" not in read_output(reader, method):
+        raise reader.refusal(method, "@streaming is for a run() that yields; return an iterator")
+    return True
 
 
 def title_case(name: str) -> str:
@@ -325,11 +348,16 @@ def generate(
     reader = Reader(source, filename)
     method = reader.method(class_name, "run")
     input_schema, choices = read_inputs(reader, method)
-    return document(input_schema, read_output(reader, method), choices)
+    output = read_output(reader, method)
+    return document(input_schema, output, choices, streaming=is_streaming(reader, method))
 
 
 def document(
-    input_schema: Mapping[str, Any], output: Mapping[str, Any], choices: Mapping[str, Any]
+    input_schema: Mapping[str, Any],
+    output: Mapping[str, Any],
+    choices: Mapping[str, Any],
+    *,
+    streaming: bool,
 ) -> dict[str, Any]:
     """The parts that are the same for every runner, around the parts that are this one's."""
 
@@ -370,6 +398,7 @@ def document(
                         "200": response("Successful Response", ref("PredictionResponse")),
                         **invalid,
                     },
+                    **({"x-cog-streaming": True} if streaming else {}),
                 }
             },
             "/predictions/{prediction_id}/cancel": {

@@ -160,6 +160,12 @@ def _add_conversions(parser: argparse.ArgumentParser) -> None:
         metavar="REPO",
         help="another VAE, from a repo or a folder; madebyollin/sdxl-vae-fp16-fix does not overflow in float16",
     )
+    group.add_argument(
+        "--preview-vae",
+        metavar="REPO",
+        help="publish a tiny VAE beside the model, for previews of images under way: from a repo or a folder, or auto "
+        "for the one that its family is known by (default: none; previews are an eighth of the image's size then)",
+    )
     group.add_argument("--dtype", choices=preparation.DTYPES, help="cast all weights to this")
     group.add_argument(
         "--max-shard-size",

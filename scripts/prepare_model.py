@@ -79,6 +79,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             loras=tuple(arguments.lora),
             lightning_steps=arguments.lightning_steps,
             vae=arguments.vae,
+            preview_vae=arguments.preview_vae,
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
         ),

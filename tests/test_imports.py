@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BASE = {"settings", "s3"}
 ROOMS = {"weights", "diffusion", "images", "preparation"}
-DOORS = {"predict", "loading", "gateway", "scripts", "demo", "benchmarks"}
+DOORS = {"predict", "loading", "events", "gateway", "scripts", "demo", "benchmarks"}
 OURS = BASE | ROOMS | DOORS | {"tests"}
 
 # Beside itself, what each may import of ours. Tests may import everything; nothing may import tests.
@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "images": BASE,
     "preparation": BASE | {"weights", "diffusion"},
     **dict.fromkeys(DOORS, BASE | ROOMS),
-    # The Runner's own work of loading, in a file of its own.
-    "predict": BASE | ROOMS | {"loading"},
+    # The Runner's own work of loading and of telling, in files of their own.
+    "predict": BASE | ROOMS | {"loading", "events"},
     # Benchmarks measure the real start of the real server, on the demo's small model.
     "benchmarks": BASE | ROOMS | {"demo", "loading", "predict"},
     # The demo does what a person does, and a person runs the scripts.

@@ -25,7 +25,7 @@ from tests.diffusion.support import LIGHTNING, build
 from tests.e2e.conftest import TUTORIAL_INPUT, Deployment, fetch, version_of
 
 RECIPE = LIGHTNING.model_copy(update={"native_size": 64})
-INPUT = TUTORIAL_INPUT | {"negative_prompt": "", "seed": 7, "output_quality": 80}
+INPUT = TUTORIAL_INPUT | {"negative_prompt": "", "seed": 7, "output_quality": 80, "previews": False}
 PATIENCE = 60.0  # seconds, for what would otherwise never come
 
 
@@ -49,6 +49,10 @@ def runner(
     return runner
 
 
+async def answered(runner: Runner, **changes: object) -> list[str]:
+    return [url async for url in runner.run(**INPUT | changes)]
+
+
 def test_the_next_image_is_made_while_the_one_before_is_uploaded(runner, pipeline, deployment):
     decoded: list[None] = []
     both_decoded = Event()
@@ -63,7 +67,7 @@ def test_the_next_image_is_made_while_the_one_before_is_uploaded(runner, pipelin
 
     async def answer() -> tuple[bool, list[str]]:
         with deployment.s3.fault(slow):
-            request = asyncio.create_task(runner.run(**INPUT | {"num_outputs": 2}))
+            request = asyncio.create_task(answered(runner, num_outputs=2))
             await asyncio.to_thread(deployment.s3.wait_for_held_request)
             beside = await asyncio.to_thread(both_decoded.wait, PATIENCE)
         return beside, await request
@@ -87,7 +91,7 @@ def test_a_caller_who_leaves_ends_the_denoising(runner, pipeline):
     pipeline.unet.register_forward_hook(wait_in_the_first_step)
 
     async def leave() -> None:
-        request = asyncio.create_task(runner.run(**INPUT | {"num_outputs": 4}))
+        request = asyncio.create_task(answered(runner, num_outputs=4))
         assert await asyncio.to_thread(begun.wait, PATIENCE)
         request.cancel()  # what Cog does when the caller cancels or hangs up
         with pytest.raises(asyncio.CancelledError):
@@ -112,7 +116,7 @@ def test_when_a_later_image_cannot_be_made_the_error_tells_where_those_before_it
     pipeline.vae.decoder.register_forward_hook(spoil_the_weights_after_two_images)
 
     with pytest.raises(NonFiniteError, match="Denoising seed 9 gave latents with NaN") as failed:
-        asyncio.run(runner.run(**INPUT | {"num_outputs": 4}))
+        asyncio.run(answered(runner, num_outputs=4))
 
     urls = str(failed.value).partition(". The images before it are stored: ")[2].split()
     seeds = [Provenance.from_text(read_metadata(fetch(url))).seed for url in urls]
@@ -123,6 +127,6 @@ def test_when_the_first_image_cannot_be_made_nothing_is_said_to_be_stored(runner
     pipeline.unet.conv_out.bias[0] = float("nan")
 
     with pytest.raises(NonFiniteError) as failed:
-        asyncio.run(runner.run(**INPUT | {"num_outputs": 2}))
+        asyncio.run(answered(runner, num_outputs=2))
 
     assert "stored" not in str(failed.value)

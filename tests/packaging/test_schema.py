@@ -105,6 +105,29 @@ def test_the_output_is_the_return_type() -> None:
     assert output == {"title": "Output", "type": "array", "items": {"type": "string"}}
 
 
+@pytest.mark.parametrize("kind", ["Iterator", "AsyncIterator"])
+def test_what_is_yielded_is_an_array_that_says_so(kind: str) -> None:
+    output = schemas_of("x: str", output=f"{kind}[str]")["Output"]
+
+    assert output == {
+        "title": "Output",
+        "type": "array",
+        "items": {"type": "string"},
+        "x-cog-array-type": "iterator",
+    }
+
+
+@pytest.mark.parametrize(
+    "decorator", ["@streaming", "@streaming()", "@cog.streaming", "@cog.streaming()"]
+)
+def test_a_runner_that_streams_is_marked_for_the_server(decorator: str) -> None:
+    source = RUNNER.format(inputs="x: str,", output="AsyncIterator[str]")
+    streaming = source.replace("    async def", f"    {decorator}\n    async def")
+
+    assert "x-cog-streaming" not in generate(source)["paths"]["/predictions"]["post"]
+    assert generate(streaming)["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -148,6 +171,11 @@ def test_what_cog_cannot_read_is_refused_with_its_place_and_name(line: str, reas
         ("class Runner: ...", r"no method run\(\)"),
         ("class Runner:\n    def run(self, x: str): ...", "no return type"),
         ("class Runner:\n    def run(self) -> str | None: ...", "no optional outputs"),
+        ("class Runner:\n    def run(self) -> Iterator[list[str]]: ...", "single values"),
+        (
+            "class Runner:\n    @streaming\n    def run(self) -> list[str]: ...",
+            "return an iterator",
+        ),
         ("class Runner(", "not valid Python"),
     ],
 )
