@@ -42,6 +42,9 @@ Result = TypeVar("Result")
 SWITCHES_IN_A_TURN = 10
 SHORTEST_TURN = 1.0
 
+# A step on a CPU may take this long; a thread that hangs is left behind.
+SECONDS_TO_STOP = 30.0
+
 # How many steps the host may be ahead of a card: one keeps it busy, more would make those who left run on.
 STEPS_AHEAD = 1
 
@@ -179,10 +182,16 @@ class DeviceLoop:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """End the thread after the step it is in. What is open is cancelled."""
+        """End the thread after the step it is in, and wait for that. What is open is cancelled.
+
+        At the interpreter's end too: a thread that is inside torch then would take the process down with it.
+        """
         with self._changed:
             self._stopped = True
+            thread = self._thread
             self._changed.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(SECONDS_TO_STOP)
 
     @contextmanager
     def paused(self, patience: float) -> Iterator[None]:
