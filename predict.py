@@ -108,7 +108,7 @@ class Runner(BaseRunner):
             default=None,
         ),
         max_sequence_length: int = Input(
-            description="Accepted for compatibility and ignored: SDXL's text encoders read 77 tokens",
+            description="Accepted for compatibility and ignored: SDXL reads up to 600 tokens of a prompt, whatever this says",
             ge=1,
             le=512,
             default=512,
@@ -129,6 +129,10 @@ class Runner(BaseRunner):
             default=80,
         ),
         num_outputs: int = Input(description="How many images to make", ge=1, le=4, default=1),
+        prompt_weighting: bool = Input(
+            description="Read (red fox)1.3 and red++ in both prompts as more of it, (red fox)0.7 and red-- as less; otherwise every character is plain",
+            default=False,
+        ),
     ) -> list[str]:
         """Generate images and return their URLs, in the order of their seeds."""
         with _unexpected_errors_logged("a prediction"):
@@ -143,6 +147,7 @@ class Runner(BaseRunner):
                 guidance_scale=guidance_scale,
                 seed=_whole(seed),
                 num_outputs=int(num_outputs),
+                prompt_weighting=prompt_weighting,
             )
             return await self._answer(request, output_format, int(output_quality))
 
@@ -219,6 +224,7 @@ class Runner(BaseRunner):
             height=request.height,
             model=self.settings.model_path,
             version=image.version or "",
+            prompt_weighting=request.prompt_weighting,
         )
         encoded = encode(image.image, output_format, output_quality, provenance.as_text())
         encoded_at = time.perf_counter()
