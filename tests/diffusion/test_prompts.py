@@ -465,6 +465,22 @@ def test_images_of_long_prompts_are_made(small, guidance_scale):
     assert one(f"(red)1.5 {LONG}", negative_prompt="ugly", prompt_weighting=True).any()
 
 
+def test_prompts_of_any_length_in_company_give_the_images_they_give_alone(sdxl):
+    engine = Engine(sdxl.pipeline, GUIDED)
+    requests = [
+        dataclasses.replace(REQUEST, prompt=prompt, seed=seed, prompt_weighting=weighting)
+        for seed, (prompt, weighting) in enumerate(
+            [(PROMPT, False), (LONG, False), (f"(red)1.5 {LONG}", True), (f"{LONG} {LONG}", False)]
+        )
+    ]
+    alone = [pixels(made.image) for request in requests for made in engine.generate(request)]
+
+    together = [engine.submit(request).images[0] for request in requests]
+
+    for image, expected in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(pixels(image.result(200).image), expected)
+
+
 @pytest.mark.parametrize(
     ("prompt", "weighting", "dropped"),
     [
