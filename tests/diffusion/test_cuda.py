@@ -77,9 +77,9 @@ def test_long_and_weighted_prompts_are_near_those_of_the_cpu(model, dtype):
     )
 
     ours, full = (
-        Engine(build(model, GUIDED, dtype=kind, device=device), GUIDED)._loop.model.prompts.encode(
-            plan
-        )
+        Engine(build(model, GUIDED, dtype=kind, device=device), GUIDED)
+        ._model(None)
+        .prompts.encode(plan)
         for device, kind in (("cuda", dtype), ("cpu", torch.float32))
     )
 

@@ -233,10 +233,28 @@ def test_a_version_that_takes_over_finds_nothing_of_the_old_one(model, tmp_path)
 
     engine.replace(staged)
 
-    assert engine._loop.model.prompts.kept_bytes == 0
+    assert engine._model(None).prompts.kept_bytes == 0
     for asked in ({}, {"prompt": LONG, "prompt_weighting": True}):
         for mine, theirs in zip(images(engine, **asked), images(other, **asked), strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+def test_each_of_the_models_that_share_modules_finds_its_own(model, tmp_path):
+    other = write_small_sdxl(tmp_path, seed=1)
+    engine = Engine(build(model, GUIDED), GUIDED, name="one")
+    engine.add_model("two", stage(read_configs(other), read_tensors(other), GUIDED, None))
+    alone = {
+        "one": images(Engine(build(model, GUIDED), GUIDED)),
+        "two": images(Engine(build(other, GUIDED), GUIDED)),
+    }
+
+    small = Model(model, GUIDED, engine._model("one").pipeline)
+    with small.runs() as runs:
+        made = [(name, images(engine, model=name)) for name in ("one", "two", "one", "two")]
+
+    assert sorted(runs) == ["text_encoder", "text_encoder", "text_encoder_2", "text_encoder_2"]
+    for name, (image,) in made:
+        np.testing.assert_array_equal(image, alone[name][0])
 
 
 # Weights
