@@ -34,6 +34,8 @@ from weights import WeightsError
 from weights.waterfall import ColdStart
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from diffusion.engine import Engine, GeneratedImage
 
 ASPECT_RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
@@ -83,9 +85,9 @@ class Runner(BaseRunner):
             self.settings.public_base_url,
         )
 
-    # Two at a time: one request's images are encoded and uploaded while the device works for the other.
+    # They wait in the engine's line, where they are put into passes together, and are encoded and uploaded side by side.
     @streaming
-    @concurrent(max=2)
+    @concurrent(max=16)
     async def run(
         self,
         prompt: str = Input(description="What the image should show, in up to 10,000 characters"),
@@ -111,7 +113,7 @@ class Runner(BaseRunner):
             default=None,
         ),
         max_sequence_length: int = Input(
-            description="Accepted for compatibility and ignored: SDXL's text encoders read 77 tokens",
+            description="Accepted for compatibility and ignored: SDXL reads up to 600 tokens of a prompt, whatever this says",
             ge=1,
             le=512,
             default=512,
@@ -132,15 +134,24 @@ class Runner(BaseRunner):
             default=80,
         ),
         num_outputs: int = Input(description="How many images to make", ge=1, le=4, default=1),
+        prompt_weighting: bool = Input(
+            description="Read (red fox)1.3 and red++ in both prompts as more of it, (red fox)0.7 and red-- as less; otherwise every character is plain",
+            default=False,
+        ),
         previews: bool = Input(
             description="Put a small picture into the event of each step, for callers who read the event stream",
             default=False,
+        ),
+        model: str | None = Input(
+            description="Which of the models this server has, by its MODEL_PATH; the first by default",
+            default=None,
         ),
     ) -> AsyncIterator[str]:
         """Generate images and yield their URLs, in the order of their seeds."""
         with _unexpected_errors_logged("a prediction"):
             del max_sequence_length  # accepted, and of no effect
-            width, height = size_for(aspect_ratio, self.engine.recipe.native_size)
+            native_size = self.engine.recipe_of(model).native_size
+            width, height = size_for(aspect_ratio, native_size)
             request = GenerationRequest(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
@@ -150,6 +161,8 @@ class Runner(BaseRunner):
                 guidance_scale=guidance_scale,
                 seed=_whole(seed),
                 num_outputs=int(num_outputs),
+                prompt_weighting=prompt_weighting,
+                model=model,
             )
             answer = self._answer(request, output_format, int(output_quality), previews)
             async with aclosing(answer) as urls:
@@ -159,48 +172,34 @@ class Runner(BaseRunner):
     async def _answer(
         self, request: GenerationRequest, output_format: str, output_quality: int, previews: bool
     ) -> AsyncGenerator[str]:
-        """Generate the images one after another, each encoded and uploaded beside the next one's denoising.
+        """Encode and upload each image as it comes out of the engine, beside the steps of the next.
 
         A URL goes out as soon as its image is stored and those before it are.
         """
         prediction_id = _prediction_id()
-        cancelled = threading.Event()
-        events = Events(self, cancelled)
-        images = self.engine.generate(request, cancelled, events.watch, previews=previews)
-        version: str | None = None
+        over = threading.Event()
+        events = Events(self, over)
+        generation = self.engine.submit(request, watch=events.watch, previews=previews)
         timings: dict[str, float] = {}
-        failures: list[BaseException] = []
-        # What is being uploaded, in the order of the seeds; None is the end.
-        uploads: asyncio.Queue[asyncio.Task[_Finished] | None] = asyncio.Queue()
-        begun: list[asyncio.Task[_Finished]] = []
 
-        async def generate() -> None:
-            nonlocal version
-            try:
-                while image := await asyncio.to_thread(next, images, None):
-                    version = image.version
-                    _add(timings, image.timings)
-                    finish = asyncio.to_thread(
-                        self._finish,
-                        image,
-                        request,
-                        output_format,
-                        output_quality,
-                        prediction_id,
-                        len(begun),
-                    )
-                    begun.append(asyncio.create_task(finish))
-                    uploads.put_nowait(begun[-1])
-            finally:
-                uploads.put_nowait(None)
+        async def finish(index: int, coming: Future[GeneratedImage]) -> _Finished:
+            image = await asyncio.wrap_future(coming)
+            _add(timings, image.timings)
+            return await asyncio.to_thread(
+                self._finish, image, request, output_format, output_quality, prediction_id, index
+            )
 
-        generating = asyncio.create_task(generate())
+        finishing = [
+            asyncio.create_task(finish(index, coming))
+            for index, coming in enumerate(generation.images)
+        ]
         finished: list[_Finished] = []
+        failures: list[Exception] = []
         try:
             # All of them, also when one fails: what was generated is stored if it can be.
-            while upload := await uploads.get():
+            for task in finishing:
                 try:
-                    done = await upload
+                    done = await task
                 except Exception as failure:  # noqa: BLE001 - raised below, with what was stored
                     failures.append(failure)
                     continue
@@ -209,21 +208,18 @@ class Runner(BaseRunner):
                 _add(timings, done.timings)
                 if not failures:
                     yield done.url
-            try:
-                await generating
-            except DiffusionError as error:
-                failures.insert(0, error)
             if failures:
+                # What the model could not do says more than what became of the images before.
+                failures.sort(key=lambda failure: not isinstance(failure, DiffusionError))
                 raise _with_what_was_stored(failures[0], [done.url for done in finished])
             self.record_metric("seed", finished[0].seed)
-            self.record_metric("model_version", version)
+            self.record_metric("model_version", finished[0].version)
             for stage, seconds_spent in timings.items():
                 self.record_metric(f"timings.{stage}", round(seconds_spent, 4))
         finally:
-            # Cancelling ends the waiting but no thread: the one that generates would go through all its steps.
-            cancelled.set()
-            generating.cancel()
-            for task in begun:
+            over.set()
+            generation.cancel()
+            for task in finishing:
                 task.cancel()
             events.end()
 
@@ -246,8 +242,9 @@ class Runner(BaseRunner):
             guidance_scale=image.guidance_scale,
             width=request.width,
             height=request.height,
-            model=self.settings.model_path,
+            model=request.model or self.settings.model_path,
             version=image.version or "",
+            prompt_weighting=request.prompt_weighting,
         )
         encoded = encode(image.image, output_format, output_quality, provenance.as_text())
         encoded_at = time.perf_counter()
@@ -259,7 +256,7 @@ class Runner(BaseRunner):
             raise ImagesError(f"{error}. To make it again, send seed {image.seed}") from error
         done = time.perf_counter()
         seconds = {"encode": encoded_at - started, "upload": done - encoded_at}
-        return _Finished(index, image.seed, stored.url, seconds)
+        return _Finished(index, image.seed, image.version, stored.url, seconds)
 
 
 @dataclass(frozen=True)
@@ -268,6 +265,7 @@ class _Finished:
 
     index: int
     seed: int
+    version: str | None
     url: str
     timings: dict[str, float]
 

@@ -130,7 +130,7 @@ def serve(place: Workplace, server: EmbeddedS3, keypair: Keypair) -> CogServer:
         "MODEL_BUCKET_NAME": MODEL_BUCKET,
         "PUBLIC_BUCKET_NAME": IMAGE_BUCKET,
         "COG_PREDICT_TYPE_STUB": "predict.py:Runner",
-        "COG_MAX_CONCURRENCY": "2",
+        "COG_MAX_CONCURRENCY": "16",
         "COG_SETUP_TIMEOUT": str(_SETUP_TIMEOUT_S),
         "PORT": str(port),
         # The server starts its worker as bare `python`; another one than ours would lack the packages.

@@ -158,7 +158,7 @@ class DeviceLoop:
     def record(self, plan: Plan, together: int = 1) -> None:
         """A chore: have a graph ready for `together` images of a plan's size, and the decoder's kernels chosen."""
         model = self.models[self.shelf.loaded]
-        embeddings = model.encode(plan)
+        embeddings = model.prompts.encode(plan)
         images = [
             Denoising(
                 model.pipeline, model.recipe.architecture, plan, seed, embeddings, self._device
@@ -344,7 +344,7 @@ class DeviceLoop:
             if wish.model is not latest:
                 wish.plan = latest.plan(wish.request)
                 wish.model = latest
-            wish.embeddings = wish.model.encode(wish.plan)
+            wish.embeddings = wish.model.prompts.encode(wish.plan)
             begun = spent.add("prompt", begun, self._clock.mark())
         denoising = Denoising(
             wish.model.pipeline,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 Class = tuple[str, str]  # library and name, as model_index.json has them
 
@@ -44,7 +44,9 @@ class Architecture:
     `embeddings` names what its `encode_prompt` returns, as `__call__` takes it; `further_prompts` are arguments of
     `encode_prompt` for encoders that could read another prompt, and here read the same. Parts in `optional` may be
     missing. `tiny_vae` is the Hub repo of one that decodes the same latents, for previews. `upcasts_vae`: in float16
-    it decodes in float32 where the VAE's config says `force_upcast`.
+    it decodes in float32 where the VAE's config says `force_upcast`. `attends_to` says which of CLIP's hidden states
+    its denoiser attends to, where it attends to nothing else: such prompts can have weights, and be longer than CLIP
+    reads at once.
     """
 
     pipeline: str
@@ -59,6 +61,7 @@ class Architecture:
     further_prompts: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
     upcasts_vae: bool = False
+    attends_to: Literal["last", "penultimate"] | None = None
     arguments: Mapping[str, object] = field(default_factory=dict)  # of the class, always the same
     settings: Mapping[str, object] = field(default_factory=dict)  # from model_index.json: defaults
 
@@ -128,6 +131,7 @@ _ARCHITECTURES = (
         ),
         tiny_vae="madebyollin/taesdxl",
         upcasts_vae=True,
+        attends_to="penultimate",
         # diffusers would mark every image where invisible-watermark happens to be installed.
         arguments={"add_watermarker": False},
         settings={"force_zeros_for_empty_prompt": True},
@@ -149,6 +153,7 @@ _ARCHITECTURES = (
             },
         ),
         tiny_vae="madebyollin/taesd",
+        attends_to="last",
         # What a caller may see is the owner's business, as it is for every other pipeline.
         arguments={
             "safety_checker": None,

@@ -1,6 +1,5 @@
 """One version of a model, whole: its parts, its recipe, and what they make of a request."""
 
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,13 +7,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusion.denoising import Embeddings, is_guided
-from diffusion.fitting import visiting
 from diffusion.previews import Previews
+from diffusion.prompts import Prompts
 from diffusion.recipe import Recipe
 from diffusion.request import GenerationRequest, Plan, plan
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,38 +55,7 @@ class Model:
             largest_size=largest * multiple if largest else None,
         )
 
-    def encode(self, wanted: Plan) -> Embeddings:
-        """What the text encoders make of a plan's prompts, of batch 1."""
-        architecture = self.recipe.architecture
-        guided = is_guided(self.denoiser, wanted)
-        self._log_dropped_tokens("prompt", wanted.prompt)
-        if guided and wanted.negative_prompt is not None:
-            self._log_dropped_tokens("negative_prompt", wanted.negative_prompt)
-        encoders = [
-            getattr(self.pipeline, part.encoder) for part in architecture.tokenizers.values()
-        ]
-        with visiting([encoder for encoder in encoders if encoder is not None], self.device):
-            encoded = self.pipeline.encode_prompt(
-                prompt=wanted.prompt,
-                negative_prompt=wanted.negative_prompt,
-                **dict.fromkeys(architecture.further_prompts),
-                device=self.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=guided,
-            )
-        return dict(zip(architecture.embeddings, encoded, strict=True))
-
-    def _log_dropped_tokens(self, name: str, text: str) -> None:
-        """Warn of what no encoder reads; what only the shorter of them drop, the longest still sees."""
-        pipeline = self.pipeline
-        tokenizers = [getattr(pipeline, part) for part in self.recipe.architecture.tokenizers]
-        longest = max(filter(None, tokenizers), key=lambda found: int(found.model_max_length))
-        tokens = len(longest(text).input_ids)
-        if tokens > longest.model_max_length:
-            logger.warning(
-                "The %s is %d tokens long: the last %d were dropped, since the text encoder reads only %d.",
-                name,
-                tokens,
-                tokens - longest.model_max_length,
-                longest.model_max_length,
-            )
+    @cached_property
+    def prompts(self) -> Prompts:
+        """What has been read for this version, and for no other. The device's thread alone uses it."""
+        return Prompts(self.pipeline, self.recipe.architecture, self.device)

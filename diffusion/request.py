@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from diffusion.errors import RequestError
 from diffusion.recipe import MAX_STEPS, Recipe
+from diffusion.weighting import read_weights
 
 logger = logging.getLogger(__name__)
 
 SEEDS = 2**63
 
-# CLIP reads 77 tokens, some 300 characters. This leaves room for any prompt a person writes, and keeps a 10 MB one away
+# Some 2,500 characters are read at most. This leaves room for any prompt a person writes, and keeps a 10 MB one away
 # from the tokenizers, which would read all of it before dropping it.
 MAX_PROMPT_CHARACTERS = 10_000
 
@@ -24,6 +25,8 @@ class GenerationRequest:
     `model` is one of the engine's, by name; None is its first. Sizes are in pixels. Image k of `num_outputs` uses
     seed + k, and is exactly the image that seed gives alone. Seeds have 63 bits, of which torch's CPU generator reads
     the low 32; they are handed to it as they are, so that stock diffusers makes the same image of the same seed.
+    With `prompt_weighting`, parentheses, + and - in both prompts say how much words count (`weighting.py`); without,
+    they are characters like any other.
     """
 
     prompt: str
@@ -35,6 +38,7 @@ class GenerationRequest:
     seed: int | None = None
     num_outputs: int = 1
     model: str | None = None
+    prompt_weighting: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Plan:
     steps: int
     guidance_scale: float
     seeds: tuple[int, ...]
+    prompt_weighting: bool = False
 
 
 def plan(
@@ -71,26 +76,40 @@ def plan(
         _check_side(name, pixels, largest, size_multiple)
     if request.num_outputs < 1:
         raise RequestError(f"num_outputs is {request.num_outputs}; ask for at least 1 image.")
+    negative_prompt = _negative_prompt(request, recipe)
+    if request.prompt_weighting:
+        _check_weights(request.prompt, negative_prompt, recipe)
     return Plan(
         prompt=request.prompt,
-        negative_prompt=_negative_prompt(request, recipe),
+        negative_prompt=negative_prompt,
         width=request.width,
         height=request.height,
         steps=_steps(request.steps, recipe),
         guidance_scale=_guidance_scale(request, recipe),
         seeds=_seeds(request.seed, request.num_outputs),
+        prompt_weighting=request.prompt_weighting,
     )
 
 
 def _check_prompt(name: str, text: str) -> None:
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise RequestError(
-            f"{name} has {len(text):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most that is accepted, and CLIP "
-            "reads only the first 77 tokens, about 50 words."
+            f"{name} has {len(text):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most that is accepted, and "
+            "only the first 600 tokens, about 400 words, are read."
         )
     if "\0" in text:
         # No image file's metadata can hold one, so the image could not be made again from what its file says.
         raise RequestError(f"{name} contains a NUL character; send text without it.")
+
+
+def _check_weights(prompt: str, negative_prompt: str | None, recipe: Recipe) -> None:
+    if recipe.architecture.attends_to is None:
+        raise RequestError(
+            f"prompt_weighting is true, and a {recipe.pipeline} knows no weights; send false, or leave it out."
+        )
+    read_weights("prompt", prompt)
+    if negative_prompt is not None:
+        read_weights("negative_prompt", negative_prompt)
 
 
 def _check_side(name: str, pixels: int, largest: int, multiple: int) -> None:

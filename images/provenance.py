@@ -16,7 +16,8 @@ class Provenance:
     """One image's origin: sent to the same `version` of `model`, these values give the same image alone.
 
     `seed` is this image's own (the request's plus its index), `width` and `height` are in pixels, `steps` and
-    `guidance_scale` are those that were used, not those that were asked for.
+    `guidance_scale` are those that were used, not those that were asked for. Files from before there was
+    `prompt_weighting` do not mention it, and neither do those that were made without.
     """
 
     prompt: str
@@ -28,12 +29,14 @@ class Provenance:
     height: int
     model: str
     version: str
+    prompt_weighting: bool = False
 
     def as_text(self) -> dict[str, str]:
         """The entries for `encode`, in the order a person wants to read them; empty ones are left out."""
         entries = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
+            "prompt_weighting": "true" if self.prompt_weighting else "",
             "seed": str(self.seed),
             "steps": str(self.steps),
             "guidance_scale": str(self.guidance_scale),
@@ -58,9 +61,16 @@ class Provenance:
                 height=int(height),
                 model=entries.get("model", ""),
                 version=entries.get("version", ""),
+                prompt_weighting=_switch(entries.get("prompt_weighting", "")),
             )
         except (KeyError, ValueError) as error:
             raise ImagesError(
                 f"this image does not say how it was made ({type(error).__name__}: {error}): "
                 "was it generated here, and is it the original file?"
             ) from error
+
+
+def _switch(text: str) -> bool:
+    if text not in ("", "true"):
+        raise ValueError(f"prompt_weighting is {text!r}, not 'true'")
+    return bool(text)

@@ -11,8 +11,10 @@ from diffusion.errors import OutOfMemoryError
 from diffusion.float8 import computes_float8
 from diffusion.recipe import SDXL
 from diffusion.refresh import stage
+from diffusion.request import Plan
 from diffusion.sizes import ASPECT_RATIOS, size_for
 from tests.diffusion.support import (
+    GUIDED,
     LIGHTNING,
     build,
     generators,
@@ -60,6 +62,30 @@ def test_images_are_stocks_in_the_same_dtype(model, dtype):
         generator=generators(3)[0],
     ).images[0]
     assert psnr(pixels(ours.image), pixels(theirs)) >= 35
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_long_and_weighted_prompts_are_near_those_of_the_cpu(model, dtype):
+    plan = Plan(
+        "a (golden fox)1.4 over the castle, (night)0.4 " + "a red dragon in snow, " * 20,
+        "(ugly)1.2",
+        *(256, 256),
+        steps=2,
+        guidance_scale=5.0,
+        seeds=(3,),
+        prompt_weighting=True,
+    )
+
+    ours, full = (
+        Engine(build(model, GUIDED, dtype=kind, device=device), GUIDED)
+        ._model(None)
+        .prompts.encode(plan)
+        for device, kind in (("cuda", dtype), ("cpu", torch.float32))
+    )
+
+    for name, tensor in ours.items():
+        assert (tensor.device.type, tensor.dtype) == ("cuda", dtype)
+        torch.testing.assert_close(tensor.float().cpu(), full[name], rtol=0.1, atol=0.1)
 
 
 def test_running_out_of_memory_gives_the_card_back(model):

@@ -74,24 +74,23 @@ def test_a_caller_s_guidance_scale_is_ignored_with_one_line_however_many_images(
         np.testing.assert_array_equal(pixels(one.image), pixels(other.image))
 
 
-def test_a_prompt_beyond_77_tokens_is_reported_once_with_how_much_was_dropped(guided, caplog):
+def test_a_prompt_beyond_600_tokens_is_reported_once_with_how_much_was_dropped(guided, caplog):
     request = dataclasses.replace(
-        REQUEST, prompt="red " * 100, negative_prompt="green " * 80, num_outputs=2
+        REQUEST, prompt="red " * 625, negative_prompt="green " * 605, num_outputs=2
     )
 
     with caplog.at_level(logging.INFO, logger="diffusion"):
         list(guided.generate(request))
 
-    # 75 words fit between the start and end tokens.
     assert said_here(caplog) == [
-        "The prompt is 102 tokens long: the last 25 were dropped, since the text encoder reads only 77.",
-        "The negative_prompt is 82 tokens long: the last 5 were dropped, since the text encoder reads only 77.",
+        "The prompt is 625 tokens long: the last 25 were dropped, since only 600 are read of any.",
+        "The negative_prompt is 605 tokens long: the last 5 were dropped, since only 600 are read of any.",
     ]
 
 
-def test_a_prompt_of_77_tokens_is_not_worth_a_line(guided, caplog):
+def test_a_prompt_of_600_tokens_is_not_worth_a_line(guided, caplog):
     with caplog.at_level(logging.INFO, logger="diffusion"):
-        list(guided.generate(dataclasses.replace(REQUEST, prompt="red " * 75)))
+        list(guided.generate(dataclasses.replace(REQUEST, prompt="red " * 600)))
 
     assert said_here(caplog) == []
 
@@ -104,7 +103,7 @@ from pathlib import Path
 from diffusion.engine import GenerationRequest
 from tests.diffusion.support import build_engine
 engine = build_engine(Path(sys.argv[1]))
-list(engine.generate(GenerationRequest("red " * 100, 64, 64, steps=1)))
+list(engine.generate(GenerationRequest("red " * 700, 64, 64, steps=1)))
 """
     run = subprocess.run(
         [sys.executable, "-c", code, str(model)],
@@ -117,7 +116,7 @@ list(engine.generate(GenerationRequest("red " * 100, 64, 64, steps=1)))
     # What remains is this room's own line; Python prints warnings that nothing else handles.
     assert run.stdout == ""
     assert run.stderr.splitlines() == [
-        "The prompt is 102 tokens long: the last 25 were dropped, since the text encoder reads only 77."
+        "The prompt is 700 tokens long: the last 100 were dropped, since only 600 are read of any."
     ]
 
 

@@ -25,7 +25,14 @@ from tests.diffusion.support import LIGHTNING, build
 from tests.e2e.conftest import TUTORIAL_INPUT, Deployment, fetch, version_of
 
 RECIPE = LIGHTNING.model_copy(update={"native_size": 64})
-INPUT = TUTORIAL_INPUT | {"negative_prompt": "", "seed": 7, "output_quality": 80, "previews": False}
+INPUT = TUTORIAL_INPUT | {
+    "negative_prompt": "",
+    "seed": 7,
+    "output_quality": 80,
+    "prompt_weighting": False,
+    "previews": False,
+    "model": None,
+}
 PATIENCE = 60.0  # seconds, for what would otherwise never come
 
 

@@ -46,6 +46,12 @@ def refusal(response) -> str:
         ({"guidance_scale": -1}, 422, ("guidance_scale", "minimum of 0")),
         ({"seed": None}, 422, ("seed", "null")),
         ({"prompt": "nothing\0ness"}, 200, ("prompt", "NUL")),
+        ({"prompt_weighting": "yes"}, 422, ("prompt_weighting", "boolean")),
+        (
+            {"prompt": "a (red fox", "prompt_weighting": True},
+            200,
+            ("prompt has a parenthesis that is never closed, at character 3", "(red fox)1.3"),
+        ),
     ],
 )
 def test_a_wrong_input_is_refused_by_name(server, wrong, status, words):

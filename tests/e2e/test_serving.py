@@ -42,8 +42,11 @@ def test_the_answer_tells_seed_version_and_timings(server, deployment):
         assert metrics["timings"][stage] >= 0
 
 
-def test_an_image_can_be_made_again_from_its_own_file(server, deployment):
-    (url,) = image_urls(server.predict({"prompt": "a fox ✨", "aspect_ratio": "3:2"}))
+@pytest.mark.parametrize("weighting", [{}, {"prompt_weighting": True}])
+def test_an_image_can_be_made_again_from_its_own_file(server, deployment, weighting):
+    (url,) = image_urls(
+        server.predict({"prompt": "a (fox)1.4 ✨", "aspect_ratio": "3:2", **weighting})
+    )
     first = fetch(url)
     made = Provenance.from_text(read_metadata(first))
     assert made.model == MODEL
@@ -57,10 +60,12 @@ def test_an_image_can_be_made_again_from_its_own_file(server, deployment):
                 "seed": made.seed,
                 "num_inference_steps": made.steps,
                 "aspect_ratio": "3:2",
+                "prompt_weighting": made.prompt_weighting,
             }
         )
     )
 
+    assert made.prompt_weighting == bool(weighting)
     np.testing.assert_array_equal(pixels(fetch(again)), pixels(first))
 
 

@@ -61,6 +61,28 @@ def test_an_image_says_exactly_how_to_make_it_again(format: str, prompt: str) ->
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_weights_in_the_prompt_are_said_only_where_they_were_read(format: str) -> None:
+    weighted = provenance("a (red fox)1.3", prompt_weighting=True)
+    plain = provenance("a (red fox)1.3")
+
+    kept, without = (
+        read_metadata(encode(picture(), format, 80, made.as_text()).data)
+        for made in (weighted, plain)
+    )
+
+    assert kept["prompt_weighting"] == "true"
+    assert Provenance.from_text(kept) == weighted
+    # As a file has it that was made before there were weights.
+    assert "prompt_weighting" not in without
+    assert Provenance.from_text(without) == plain
+
+
+def test_a_switch_that_says_neither_is_refused() -> None:
+    with pytest.raises(ImagesError, match="prompt_weighting is 'maybe'"):
+        Provenance.from_text(provenance("a").as_text() | {"prompt_weighting": "maybe"})
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_what_no_format_can_hold_is_dropped_and_the_rest_kept(format: str) -> None:
     entries = {"prompt": "a\0b \ud83d c", "negative_prompt": "", "seed": "0"}
 
