@@ -307,12 +307,18 @@ class DeviceLoop:
 
     def _let_leave(self) -> None:
         """Let go of what nobody waits for any more, on the device and in the line."""
+        leaving: dict[Job[Wish], str] = {}
         for image in self._images:
-            if image.job.cancelled.is_set():
-                _drop(image.job, f"seed {image.seed} ended after {image.denoising.state}")
+            if image.job.left:
+                leaving.setdefault(
+                    image.job, f"seed {image.seed} ended after {image.denoising.state}"
+                )
         for job in self._line:
-            if job.cancelled.is_set():
-                _drop(job, f"seed {job.detail.plan.seeds[job.begun]} was not begun")
+            if job.left:
+                leaving.setdefault(job, f"seed {job.detail.plan.seeds[job.begun]} was not begun")
+        for job, state in leaving.items():
+            logger.info("Cancelled: %s.", state)
+            job.drop()
         # Of some, another image has failed.
         self._images = [image for image in self._images if image.job.open]
         self._line.keep(lambda job: job.open > 0)
@@ -399,7 +405,7 @@ class DeviceLoop:
     def _decode_those_done(self) -> None:
         for image in [image for image in self._images if image.denoising.done]:
             # Whoever left in the last step gets no picture; `_let_leave` says so.
-            if image.job.cancelled.is_set():
+            if image.job.left:
                 continue
             vae = image.job.detail.model.pipeline.vae
             begun = self._clock.mark()
@@ -485,10 +491,3 @@ def _picture(image: _UnderWay, decoded: Decoded) -> GeneratedImage:
         {"wait": image.waited, **spent},
         wish.model.version,
     )
-
-
-def _drop(job: Job[Wish], state: str) -> None:
-    """Tell nobody but the log: whoever asked has gone."""
-    if job.open:
-        logger.info("Cancelled: %s.", state)
-    job.drop()

@@ -36,6 +36,11 @@ class Job(Generic[Detail]):
     def open(self) -> int:
         return sum(not image.done() for image in self.images)
 
+    @property
+    def left(self) -> bool:
+        """Whether its caller has gone, by a word or by letting go of a future."""
+        return self.cancelled.is_set() or any(image.cancelled() for image in self.images)
+
     def settle(self, index: int, outcome: Any) -> None:
         """Give image `index` its outcome, unless it was cancelled or failed meanwhile."""
         try:
