@@ -13,26 +13,24 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import torch
-from PIL import Image
 
 from diffusion.clock import Clock, Mark, Spent
 from diffusion.company import Company
 from diffusion.decoding import Decoded, decode
-from diffusion.denoising import Denoising, Embeddings, predictions
+from diffusion.denoising import Denoising, predictions
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import BusyError, OutOfMemoryError
 from diffusion.graphs import Graphs
 from diffusion.line import Job, Line
 from diffusion.model import Model
-from diffusion.recipe import SDXL
-from diffusion.request import GenerationRequest, Plan
+from diffusion.request import Plan
 from diffusion.shelf import Shelf
-from diffusion.watching import Watch, Watching
+from diffusion.under_way import UnderWay, Wish
+from diffusion.watching import Watching
 
 logger = logging.getLogger(__name__)
 
@@ -47,60 +45,6 @@ SECONDS_TO_STOP = 30.0
 
 # How many steps the host may be ahead of a card: one keeps it busy, more would make those who left run on.
 STEPS_AHEAD = 1
-
-
-@dataclass(frozen=True)
-class GeneratedImage:
-    """One image, what made it, and the seconds each stage took.
-
-    Stages: "wait" for the device, "prompt" (0 but for a request's first image, whose embeddings the others share),
-    "denoise", "decode"; of what it shared with others, its share; "switch", where models take turns. `version` is the
-    model's that made it: another may serve by the time somebody asks.
-    """
-
-    image: Image.Image
-    seed: int
-    steps: int
-    guidance_scale: float
-    timings: dict[str, float]
-    version: str | None = None
-
-
-@dataclass
-class Wish:
-    """What a job in the line is about: a request, what the model it is for made of it, and who watches it.
-
-    `embeddings` are kept from its first image for the others.
-    """
-
-    request: GenerationRequest
-    plan: Plan
-    model: Model
-    watch: Watch | None = None
-    previews: bool = False
-    embeddings: Embeddings | None = None
-
-
-@dataclass(eq=False)
-class _UnderWay:
-    """One image on the device."""
-
-    job: Job[Wish]
-    index: int
-    denoising: Denoising
-    waited: float
-    spent: Spent
-    watching: Watching | None
-
-    @property
-    def seed(self) -> int:
-        return self.job.detail.plan.seeds[self.index]
-
-    def tell(self) -> None:
-        """Say that a step is done, unless nobody asked, nobody waits any more, or it failed."""
-        if self.watching is not None and self.job.open and not self.job.cancelled.is_set():
-            denoising = self.denoising
-            self.watching.after_step(denoising.step, len(denoising.timesteps), denoising.latents)
 
 
 class DeviceLoop:
@@ -125,7 +69,7 @@ class DeviceLoop:
         # Guards the line, what is under way, and who has begun; the device's work is done without it.
         self._changed = threading.Condition()
         self._line: Line[Wish] = Line()
-        self._images: list[_UnderWay] = []
+        self._images: list[UnderWay] = []
         self._begun: set[Job[Wish]] = set()
         self._graphs = Graphs(model.device)
         self._chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
@@ -338,7 +282,7 @@ class DeviceLoop:
             with self._changed:
                 self._images.append(image)
 
-    def _noise(self, job: Job[Wish], index: int, waited: float) -> _UnderWay:
+    def _noise(self, job: Job[Wish], index: int, waited: float) -> UnderWay:
         """The prompt read, where it has not been, and the noise that the image begins with."""
         wish, spent = job.detail, Spent()
         begun = self._clock.mark()
@@ -366,17 +310,17 @@ class DeviceLoop:
             pictures = wish.model.previews if wish.previews else None
             watching = Watching(wish.watch, wish.plan.seeds[index], pictures)
             watching.attach(denoising.scheduler)
-        return _UnderWay(job, index, denoising, waited, spent, watching)
+        return UnderWay(job, index, denoising, waited, spent, watching)
 
     def _take_steps(self) -> None:
-        alike: dict[object, list[_UnderWay]] = {}
+        alike: dict[object, list[UnderWay]] = {}
         for image in self._images:
             alike.setdefault(image.denoising.shape, []).append(image)
         for images in alike.values():
             self._take_step(images)
         self._steps.append(self._clock.mark())
 
-    def _take_step(self, images: list[_UnderWay]) -> None:
+    def _take_step(self, images: list[UnderWay]) -> None:
         """One pass of the denoiser for images of equal shape, and each one's own step after it."""
         begun = self._clock.mark()
         found = self._attempt(
@@ -420,11 +364,11 @@ class DeviceLoop:
             else:
                 self._pictures.submit(self._hand_out, image, decoded, ended)
 
-    def _hand_out(self, image: _UnderWay, decoded: Decoded, ended: Mark) -> None:
+    def _hand_out(self, image: UnderWay, decoded: Decoded, ended: Mark) -> None:
         """Make a picture of what the device has made, once it has; on a card, on a thread beside the device's."""
         self._clock.wait(ended)
         job = image.job
-        made = self._attempt(partial(_picture, image, decoded), job)
+        made = self._attempt(partial(image.picture, decoded), job)
         if made is None:
             return
         job.asked = time.perf_counter()
@@ -471,23 +415,3 @@ class DeviceLoop:
                 self._begun.discard(job)
             self._changed.notify_all()
         job.fail(failure)
-
-
-def _picture(image: _UnderWay, decoded: Decoded) -> GeneratedImage:
-    wish = image.job.detail
-    picture = decoded.picture(
-        image.seed,
-        wish.model.pipeline.vae.dtype,
-        is_sdxl=wish.model.recipe.pipeline == SDXL.pipeline,
-    )
-    spent = {stage: image.spent.seconds(stage) for stage in ("prompt", "denoise", "decode")}
-    if (switch := image.spent.seconds("switch")) > 0:
-        spent["switch"] = switch
-    return GeneratedImage(
-        picture,
-        image.seed,
-        wish.plan.steps,
-        wish.plan.guidance_scale,
-        {"wait": image.waited, **spent},
-        wish.model.version,
-    )

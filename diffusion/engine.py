@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusion.company import Company
 from diffusion.denoising import is_guided
-from diffusion.device_loop import DeviceLoop, GeneratedImage, Wish
+from diffusion.device_loop import DeviceLoop
 from diffusion.errors import RequestError
 from diffusion.line import Job
 from diffusion.model import Model
@@ -28,6 +28,7 @@ from diffusion.request import GenerationRequest
 from diffusion.shelf import Shelf
 from diffusion.sizes import ASPECT_RATIOS, size_for
 from diffusion.speed import Speed
+from diffusion.under_way import GeneratedImage, Wish
 from diffusion.watching import Watch
 
 logger = logging.getLogger(__name__)
