@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffusion.errors import DiffusionError
 from diffusion.float8 import Float8Layers, computes_float8
 from diffusion.fused import fuse_projections
 
@@ -59,7 +60,16 @@ class Speed:
             return None
         before = generate()
         self._layers.switch(on=True)
-        decibels = peak_signal_to_noise(generate(), before)
+        try:
+            decibels = peak_signal_to_noise(generate(), before)
+        except (RuntimeError, DiffusionError) as error:
+            self._layers.switch(on=False)
+            self._layers = None
+            reason = str(error).partition("\n")[0]
+            logger.warning(
+                "FLOAT8 is on, but stays off: it failed with this card and dtype (%s).", reason
+            )
+            return None
         if decibels < LOWEST_FLOAT8_DECIBELS:
             self._layers.switch(on=False)
             self._layers = None

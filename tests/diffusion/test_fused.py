@@ -1,13 +1,19 @@
 """Fused projections and 8-bit layers: the same products, by another way."""
 
+import logging
+from collections.abc import Iterator
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.float8 import Float8Layers
 from diffusion.fused import Joined, fuse_projections
 from diffusion.refresh import stage
+from diffusion.speed import Speed
 from tests.diffusion.support import LIGHTNING, build, pixels, read_configs, read_tensors
 from tests.support.small_families import write_small_sd3
 
@@ -133,3 +139,64 @@ def test_joined_layers_with_biases_are_their_parts_side_by_side():
     with torch.no_grad():
         parts[1].bias.zero_()
     assert not torch.equal(joined(inputs), expected)
+
+
+@pytest.fixture
+def float8(model) -> Iterator[tuple[Speed, Engine]]:
+    """An engine on the CPU whose layers are about to be tried; a card is what switches them on by itself."""
+    pipeline = build(model)
+    speed = Speed(torch.device("cpu"))
+    speed._layers = Float8Layers(pipeline.unet, smallest_side=32)
+    yield speed, Engine(pipeline, LIGHTNING, batch_size=1)
+
+
+def generate(engine: Engine) -> Image.Image:
+    (made,) = engine.generate(REQUEST)
+    return made.image
+
+
+def test_8_bit_floats_stay_where_images_stay_near(float8, monkeypatch, caplog):
+    speed, engine = float8
+    before = image(engine)
+    monkeypatch.setattr("diffusion.speed.LOWEST_FLOAT8_DECIBELS", 20.0)
+
+    with caplog.at_level(logging.INFO, logger="diffusion"):
+        decibels = speed.try_float8(partial(generate, engine))
+
+    assert decibels is not None
+    assert decibels >= 20
+    assert not np.array_equal(image(engine), before)
+    assert f"8-bit floats: {decibels:.1f} dB" in caplog.text
+
+
+def test_8_bit_floats_that_can_be_seen_are_off_with_a_line(float8, monkeypatch, caplog):
+    speed, engine = float8
+    before = image(engine)
+    monkeypatch.setattr("diffusion.speed.LOWEST_FLOAT8_DECIBELS", 99.0)
+
+    speed.try_float8(partial(generate, engine))
+
+    np.testing.assert_array_equal(image(engine), before)
+    assert "below 99 it stays off" in caplog.text
+
+
+def test_8_bit_floats_that_a_card_refuses_are_off_with_a_line(float8, monkeypatch, caplog):
+    speed, engine = float8
+    before = image(engine)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("rowwise scaling wants bfloat16\nand more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_mm", refuse)
+        assert speed.try_float8(partial(generate, engine)) is None
+
+    np.testing.assert_array_equal(image(engine), before)
+    assert "it failed with this card and dtype (rowwise scaling wants bfloat16)" in caplog.text
+
+
+def test_a_card_that_cannot_is_said_and_nothing_is_tried(caplog):
+    speed = Speed(torch.device("cpu"), float8=True)
+
+    assert speed.try_float8(lambda: pytest.fail("an image was asked for")) is None
+    assert "does not compute 8-bit floats" in caplog.text
