@@ -1,7 +1,6 @@
 """Fused projections and 8-bit layers: the same products, by another way."""
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -142,12 +141,12 @@ def test_joined_layers_with_biases_are_their_parts_side_by_side():
 
 
 @pytest.fixture
-def float8(model) -> Iterator[tuple[Speed, Engine]]:
+def float8(model) -> tuple[Speed, Engine]:
     """An engine on the CPU whose layers are about to be tried; a card is what switches them on by itself."""
     pipeline = build(model)
     speed = Speed(torch.device("cpu"))
     speed._layers = Float8Layers(pipeline.unet, smallest_side=32)
-    yield speed, Engine(pipeline, LIGHTNING, batch_size=1)
+    return speed, Engine(pipeline, LIGHTNING, batch_size=1)
 
 
 def generate(engine: Engine) -> Image.Image:
