@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiling import CompiledCode
 from diffusion.errors import DiffusionError
 from diffusion.recipe import Recipe
 from settings import SettingsError
@@ -34,6 +35,7 @@ from weights.waterfall import ColdStart
 if TYPE_CHECKING:
     import torch
 
+    from diffusion.compiled import Compiling
     from diffusion.engine import Engine
     from diffusion.refresh import Staged
     from settings import RunnerSettings
@@ -44,16 +46,23 @@ TIMES_TO_BEGIN = 3  # when the model is replaced while it is read
 logger = logging.getLogger("loading")
 
 
-def load(settings: RunnerSettings, cold_start: ColdStart, meanwhile: Callable[[], None]) -> Engine:
+def load(
+    settings: RunnerSettings,
+    cold_start: ColdStart,
+    meanwhile: Callable[[], None],
+    *,
+    compiling: Callable[[Recipe], Compiling] | None = None,
+) -> Engine:
     """Stream the weights in, and build the pipeline around them while they arrive.
 
     `meanwhile` is called once the bytes are on their way, for what else has to be done. A model that is replaced while
-    it is read is begun anew, from what is there then. Raises WeightsError or DiffusionError.
+    it is read is begun anew, from what is there then. `compiling` says what to compile, rather than the settings and
+    the bucket. Raises WeightsError or DiffusionError.
     """
     bucket = None if settings.model_bucket is None else Bucket(settings, settings.model_bucket)
     for attempt in range(1, TIMES_TO_BEGIN + 1):
         try:
-            return _load(bucket, settings, cold_start, meanwhile)
+            return _load(bucket, settings, cold_start, meanwhile, compiling)
         except ObjectChangedError as error:
             if attempt == TIMES_TO_BEGIN:
                 raise
@@ -66,6 +75,7 @@ def _load(
     settings: RunnerSettings,
     cold_start: ColdStart,
     meanwhile: Callable[[], None],
+    compiling: Callable[[Recipe], Compiling] | None,
 ) -> Engine:
     expects_card = _expects_card(settings)
     options = replace(read_options(settings, to_card=expects_card), folder=settings.model_folder)
@@ -84,7 +94,7 @@ def _load(
             meanwhile()
         if stream.snapshot.folder and bucket and settings.model_version is None:
             _compare_beside(bucket, stream, settings)
-        engine = _build_engine(stream, settings, cold_start, open_things)
+        engine = _build_engine(stream, bucket, settings, cold_start, open_things, compiling)
         _note_bytes(cold_start, stream, stream.counters())
     if len(settings.model_paths) > 1:
         with cold_start.phase("further models", after=("build",)):
@@ -177,9 +187,11 @@ def _expects_card(settings: RunnerSettings) -> bool:
 
 def _build_engine(
     stream: ModelStream,
+    bucket: Bucket | None,
     settings: RunnerSettings,
     cold_start: ColdStart,
     open_things: contextlib.ExitStack,
+    compiling: Callable[[Recipe], Compiling] | None,
 ) -> Engine:
     """From bytes on the wire to an engine ready to generate."""
     size = stream.total_bytes / 1e9
@@ -195,17 +207,22 @@ def _build_engine(
     if stream.waits_for_destination:
         stream.deliver_to(_destination(stream, device, open_things))
     from diffusion.build import build_pipeline
+    from diffusion.compiled import tally
     from diffusion.engine import Engine
 
     imported = time.monotonic()
     cold_start.add("imports", began, imported, after=("clients",))
     recipe = recipe_of(stream)
+    wanted: Callable[[Recipe], Compiling | None] = compiling or (
+        CompiledCode(settings, bucket, stream.version, device, dtype, cold_start).result
+    )
     pipeline = build_pipeline(
         stream.configs(), _reporting_progress(stream), recipe, device=device, dtype=dtype
     )
     built = time.monotonic()
     # Building ends with the last tensor, so it waits for the bytes too.
     cold_start.add("build", imported, built, after=("imports", "bytes"))
+    to_compile = wanted(recipe)
     engine = Engine(
         pipeline,
         recipe,
@@ -214,12 +231,21 @@ def _build_engine(
         batch_seconds=settings.batch_wait_ms / 1000,
         float8=settings.float8 == "on",
         name=settings.model_path,
+        compiling=to_compile,
     )
     # A card compiles and caches kernels at their first use; on a CPU an image would only delay READY.
     warm_up = 0.0
-    if device.type == "cuda":
-        with cold_start.phase("warm-up", after=("build",)):
+    if device.type == "cuda" or to_compile is not None:
+        with cold_start.phase("warm-up", after=("build", "compiled")) as details:
             warm_up = engine.warm_up()
+            if to_compile is not None:
+                graphs = tally()
+                details.update(graphs_compiled=graphs.made, graphs_found=graphs.found)
+                logger.info(
+                    "compiled regions: %d graphs from artifacts, %d compiled here",
+                    graphs.found,
+                    graphs.made,
+                )
     logger.info(
         "ready on %s (%s): weights %.1f s beside imports %.1f s, built after %.1f s, warm-up %.1f s",
         device,

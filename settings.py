@@ -99,6 +99,15 @@ def _absolute(value: Path) -> Path:
     return value
 
 
+def _digests(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    digests = tuple(part.strip().lower() for part in value.split(","))
+    if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests):
+        raise ValueError("must be SHA-256s: 64 hexadecimal digits each, with commas between them")
+    return digests
+
+
 def _without_spaces(value: str) -> str:
     if not value.isprintable() or " " in value:
         raise ValueError("contains a space or a control character: was it pasted whole?")
@@ -359,6 +368,19 @@ class RunnerSettings(StorageSettings):
         "8-bit floats for the large layers, where the card computes them and the images bear it",
         "on",
         default="off",
+    )
+    compile_mode: Literal["auto", "on", "off"] = _variable(
+        "COMPILE",
+        "compiled code: `auto` where it is published for exactly this kind of card, `on` also where it has to be "
+        "compiled at the start, `off` never",
+        "off",
+        default="auto",
+    )
+    compiled_sha256: Annotated[tuple[str, ...], BeforeValidator(_digests)] | None = _variable(
+        "COMPILED_SHA256",
+        "the only compiled code to be run, by the SHA-256 that scripts/compile_model.py printed; several with commas",
+        "9f86d081…",
+        default=None,
     )
     batch_size: int | None = _variable(
         "BATCH_SIZE",

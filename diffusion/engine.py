@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusion.company import Company
+from diffusion.compiled import Compiling
 from diffusion.denoising import is_guided
 from diffusion.device_loop import DeviceLoop
 from diffusion.errors import RequestError
@@ -24,7 +25,7 @@ from diffusion.line import Job
 from diffusion.model import Model
 from diffusion.recipe import Recipe
 from diffusion.refresh import Staged, one_refresh_at_a_time, take_over
-from diffusion.request import GenerationRequest
+from diffusion.request import GenerationRequest, Plan
 from diffusion.shelf import Shelf
 from diffusion.sizes import ASPECT_RATIOS, size_for
 from diffusion.speed import Speed
@@ -67,6 +68,8 @@ class Engine:
             by default.
         batch_seconds: how long a request waits for others to share its passes when the device is free.
         float8: compute large linear layers in 8-bit floats where the card can and the images bear it (`warm_up` tries).
+        compiling: what `warm_up` is to have compiled. On a CPU each image then has its own passes, since compiled code
+            has other last bits than what images share.
     """
 
     def __init__(
@@ -79,13 +82,18 @@ class Engine:
         batch_seconds: float = 0.0,
         float8: bool = False,
         name: str = "",
+        compiling: Compiling | None = None,
     ) -> None:
         model = Model(pipeline, recipe, version, name)
         self._device, self._dtype = model.device, model.dtype
         on_cpu = self._device.type == "cpu"
         most = batch_size or (MOST_TOGETHER_ON_CPU if on_cpu else 1)
+        if on_cpu and compiling is not None:
+            most = 1
         self._most = most
-        self._speed = Speed(self._device, float8=float8)
+        self._sizes = compiling.sizes if compiling is not None else frozenset()
+        self._getting_ready: list[Future[None]] = []
+        self._speed = Speed(self._device, float8=float8, compiling=compiling)
         self._speed.prepare(model.denoiser, pipeline.vae)
         self._loop = DeviceLoop(model, Company(most, exact=on_cpu), batch_seconds)
         weakref.finalize(self, self._loop.stop)
@@ -246,26 +254,38 @@ class Engine:
     def warm_up(self) -> float:
         """Have the native size ready, so that no caller pays for its first use; returns the seconds that took.
 
-        On a card the other sizes, and batches, are made ready later, whenever there is no request.
+        On a card the other sizes, and batches, are made ready later, whenever there is no request (`getting_ready`); on
+        a CPU those are that are to run compiled.
         """
         started = time.perf_counter()
         native = self.recipe.native_size
         self._generate_one()
+        sizes = sorted(self._sizes)
         if self._device.type == "cuda":
             self._speed.try_float8(self._generate_one)
+            sizes = [size_for(ratio, native) for ratio in ASPECT_RATIOS] + sizes
+        if sizes:
             self._when_idle(native, native, 1).exception()
-            sizes = dict.fromkeys(size_for(ratio, native) for ratio in ASPECT_RATIOS)
-            for width, height in sizes:
-                for together in range(1, self._most + 1):
-                    self._when_idle(width, height, together)
+        for width, height in dict.fromkeys(sizes):
+            for together in range(1, self._most + 1):
+                self._getting_ready.append(self._when_idle(width, height, together))
         return time.perf_counter() - started
+
+    @property
+    def getting_ready(self) -> tuple[Future[None], ...]:
+        """What `warm_up` has left for later: one for each size and batch, done once that is ready, well or not."""
+        return tuple(self._getting_ready)
 
     def _when_idle(self, width: int, height: int, together: int) -> Future[None]:
         request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
         plan = self._model(None).plan(request)
-        done = self._loop.when_idle(partial(self._loop.record, plan, together))
+        done = self._loop.when_idle(partial(self._make_ready, plan, together))
         done.add_done_callback(partial(_log_failure, f"{together} of {width}x{height}"))
         return done
+
+    def _make_ready(self, plan: Plan, together: int) -> None:
+        with self._speed.learning((plan.width, plan.height)):
+            self._loop.record(plan, together)
 
     def _generate_one(self) -> Image.Image:
         recipe = self.recipe

@@ -27,3 +27,7 @@ class BusyError(DiffusionError):
 
 class NonFiniteError(DiffusionError):
     """An image came out as NaN or infinity, which would have been shown as plain black."""
+
+
+class CompileError(DiffusionError):
+    """Nothing can be compiled here, or compiled code cannot be kept or loaded. Everything runs without as well."""

@@ -1,17 +1,19 @@
 """What is done to a model's parts so that a card computes them faster, and given up where the images suffer.
 
-On a CPU nothing is: there the pixels are stock's, bit for bit.
+On a CPU nothing is, unless compiling is asked for: there the pixels are stock's, bit for bit.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffusion.errors import DiffusionError
+from diffusion.compiled import CompiledRegions, Compiling
+from diffusion.errors import CompileError, DiffusionError
 from diffusion.float8 import Float8Layers, computes_float8
 from diffusion.fused import fuse_projections
 
@@ -26,11 +28,16 @@ class Speed:
 
     Args:
         float8: compute the large linear layers in 8-bit floats, where the card can.
+        compiling: what is to run compiled once it was learned; None for nothing.
     """
 
-    def __init__(self, device: torch.device, *, float8: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, *, float8: bool = False, compiling: Compiling | None = None
+    ) -> None:
         self._device = device
         self._wants_float8 = float8
+        self._compiling = compiling
+        self._regions: CompiledRegions | None = None
         self._denoiser: Any = None
         self._layers: Float8Layers | None = None
         if float8 and not computes_float8(device):
@@ -42,8 +49,21 @@ class Speed:
 
     def prepare(self, denoiser: Any, vae: Any) -> None:
         """Call it for every model that is about to serve: new parts are prepared, kept ones had new weights."""
-        if self._device.type != "cuda":
+        if self._device.type == "cuda":
+            self._arrange(denoiser, vae)
+        if self._compiling is not None:
+            self._cover(denoiser, vae, self._compiling)
+
+    @contextmanager
+    def learning(self, size: tuple[int, int]) -> Iterator[None]:
+        """Inside, what runs at this size is compiled or taken from caches, where that was asked for."""
+        if self._regions is None or self._compiling is None or size not in self._compiling.sizes:
+            yield
             return
+        with self._regions.learning():
+            yield
+
+    def _arrange(self, denoiser: Any, vae: Any) -> None:
         # Convolutions on tensor cores want the channels side by side; otherwise every one of them turns its input.
         vae.to(memory_format=torch.channels_last)
         if denoiser is not self._denoiser:
@@ -53,6 +73,15 @@ class Speed:
             self._layers = Float8Layers(denoiser) if self._wants_float8 else None
         elif self._layers is not None:
             self._layers.refresh()
+
+    def _cover(self, denoiser: Any, vae: Any, compiling: Compiling) -> None:
+        try:
+            if self._regions is None:
+                self._regions = CompiledRegions(only_from_artifacts=compiling.only_from_artifacts)
+            self._regions.cover(denoiser, vae)
+        except CompileError as error:
+            self._compiling = self._regions = None
+            logger.warning("Serving without compiled code: %s", error)
 
     def try_float8(self, generate: Callable[[], Image.Image]) -> float | None:
         """Switch to 8-bit floats if an image stays near the one without; returns how near, in dB, if it was tried."""

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BASE = {"settings", "s3"}
 ROOMS = {"weights", "diffusion", "images", "preparation"}
-DOORS = {"predict", "loading", "events", "gateway", "scripts", "demo", "benchmarks"}
+DOORS = {"predict", "loading", "compiling", "events", "gateway", "scripts", "demo", "benchmarks"}
 OURS = BASE | ROOMS | DOORS | {"tests"}
 
 # Beside itself, what each may import of ours. Tests may import everything; nothing may import tests.
@@ -33,6 +33,9 @@ MAY_IMPORT = {
     **dict.fromkeys(DOORS, BASE | ROOMS),
     # The Runner's own work of loading and of telling, in files of their own.
     "predict": BASE | ROOMS | {"loading", "events"},
+    "loading": BASE | ROOMS | {"compiling"},
+    # One of them loads a model as a server does, to compile what a server will run.
+    "scripts": BASE | ROOMS | {"loading", "compiling"},
     # Benchmarks measure the real start of the real server, on the demo's small model.
     "benchmarks": BASE | ROOMS | {"demo", "loading", "predict"},
     # The demo does what a person does, and a person runs the scripts.

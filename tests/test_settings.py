@@ -113,6 +113,15 @@ def test_where_a_folder_is_named_no_bucket_need_be_but_for_refreshing():
         load_runner_settings(refreshing)
 
 
+def test_compiled_code_is_allowed_by_its_digests():
+    one, other = "a" * 64, "0" * 64
+    settings = load_runner_settings(COMPLETE | {"COMPILED_SHA256": f"{one.upper()}, {other}"})
+    assert settings.compiled_sha256 == (one, other)
+    assert load_runner_settings(COMPLETE).compiled_sha256 is None
+    with pytest.raises(SettingsError, match="COMPILED_SHA256 must be SHA-256s"):
+        load_runner_settings(COMPLETE | {"COMPILED_SHA256": one[1:]})
+
+
 def test_plain_storage_makes_the_same_storage_again():
     settings = load_runner_settings(COMPLETE)
     again = StorageSettings(**settings.plain_storage())

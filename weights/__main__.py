@@ -21,6 +21,7 @@ from settings import (
     load_command_settings,
 )
 from weights.activation import activate
+from weights.artifacts import verify_artifacts
 from weights.bucket import Bucket
 from weights.digests import Progress
 from weights.errors import WeightsError
@@ -161,11 +162,13 @@ def _ls(bucket: Bucket, options: argparse.Namespace) -> int:
         lines = models or [f"no published model in bucket {bucket.name}"]
         return _report(options, {"bucket": bucket.name, "models": models}, lines)
     versions = list_versions(bucket, options.model_path)
-    lines = [
-        f"{'*' if found.active else ' '} {found.version}  {found.published:%Y-%m-%d %H:%M}  "
-        f"{_size(found.bytes):>9}  {found.problem or _origin(found)}"
-        for found in versions
-    ]
+    lines = []
+    for found in versions:
+        lines.append(
+            f"{'*' if found.active else ' '} {found.version}  {found.published:%Y-%m-%d %H:%M}  "
+            f"{_size(found.bytes):>9}  {found.problem or _origin(found)}"
+        )
+        lines += [f"    compiled for {key}" for key in found.compiled]
     document = [vars(found) | {"published": found.published.isoformat()} for found in versions]
     return _report(options, {"bucket": bucket.name, "versions": document}, lines)
 
@@ -221,17 +224,22 @@ def _verify(bucket: Bucket, options: argparse.Namespace) -> int:
     snapshot = _snapshot(bucket, options)
     with _progress(options, "verify", snapshot.total_bytes) as on_bytes:
         report = verify(bucket, snapshot, connections=options.connections, on_bytes=on_bytes)
+    compiled, spoilt = verify_artifacts(bucket, snapshot.model_path, snapshot.version)
     wrong = len(report.problems)
+    beside = f", and compiled code for {compiled} kind(s) of machine" if compiled else ""
     verdict = (
         f"{wrong} of {len(snapshot.files)} files are not what was published"
         if wrong
-        else f"{len(snapshot.files)} files, {_size(snapshot.total_bytes)}: every byte is what was published"
+        else f"{len(snapshot.files)} files, {_size(snapshot.total_bytes)}{beside}: every byte is what was published"
     )
+    if spoilt and not wrong:
+        verdict = f"the model is what was published, its compiled code is not ({len(spoilt)} of {compiled})"
+    problems = [*report.problems, *spoilt]
     return _report(
         options,
-        _about(snapshot) | {"verified": not wrong, "problems": report.problems},
-        [*report.problems, f"{snapshot.model_path} {snapshot.version}: {verdict}"],
-        FAILED if wrong else OK,
+        _about(snapshot) | {"verified": not problems, "problems": problems},
+        [*problems, f"{snapshot.model_path} {snapshot.version}: {verdict}"],
+        FAILED if problems else OK,
     )
 
 

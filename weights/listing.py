@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from weights.artifacts import ARTIFACTS_FOLDER
 from weights.bucket import Bucket
 from weights.errors import ManifestError, ModelNotFoundError, OversizedError
 from weights.manifest import LATEST_NAME, MANIFEST_NAME, is_version
@@ -21,7 +23,8 @@ logger = logging.getLogger(__name__)
 class VersionInfo:
     """One published version; `problem` says why its manifest is refused, and size and source are then unknown.
 
-    `provenance` is what was written down about how it came about, None where nothing was.
+    `provenance` is what was written down about how it came about, None where nothing was; `compiled` are the keys that
+    compiled code is published under.
     """
 
     model_path: str
@@ -32,6 +35,7 @@ class VersionInfo:
     source: dict[str, Any] | None
     provenance: dict[str, Any] | None
     problem: str | None
+    compiled: tuple[str, ...] = ()
 
 
 def list_models(bucket: Bucket) -> list[str]:
@@ -61,10 +65,18 @@ def list_versions(bucket: Bucket, model_path: str) -> list[VersionInfo]:
 
 
 def _versions(bucket: Bucket, model_path: str, active: str | None) -> Iterator[VersionInfo]:
+    manifests = []
+    compiled = defaultdict(list)
     for found in bucket.list(f"{model_path}/"):
         version, _, name = found.key.removeprefix(f"{model_path}/").partition("/")
-        if name != MANIFEST_NAME or not is_version(version):
+        if not is_version(version):
             continue
+        match name.split("/"):
+            case [only] if only == MANIFEST_NAME:
+                manifests.append((version, found))
+            case [folder, key, last] if (folder, last) == (ARTIFACTS_FOLDER, MANIFEST_NAME):
+                compiled[version].append(key)
+    for version, found in manifests:
         size = source = problem = None
         try:
             manifest = read_manifest(bucket, model_path, version)
@@ -83,4 +95,5 @@ def _versions(bucket: Bucket, model_path: str, active: str | None) -> Iterator[V
             source,
             read_provenance(bucket, model_path, version),
             problem,
+            tuple(compiled[version]),
         )

@@ -72,7 +72,7 @@ def _check_publishable(path: str) -> str:
     return path
 
 
-def _check_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+def check_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return `recipe` if it can be written as JSON and read back the same, else raise ValueError."""
     level: list[Any] = [recipe]
     for _ in range(RECIPE_DEPTH):
@@ -93,7 +93,7 @@ def _inside(value: Any) -> Iterable[Any]:
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Fields(BaseModel):
+class Fields(BaseModel):
     """Fields as published: none may be added, and none changed later."""
 
     model_config = ConfigDict(frozen=True)
@@ -109,7 +109,7 @@ class _Fields(BaseModel):
         return fields
 
 
-class FileEntry(_Fields):
+class FileEntry(Fields):
     """One file: its path inside the model, its size in bytes, its SHA-256, and the BLAKE3 of every chunk."""
 
     path: Annotated[str, AfterValidator(_check_publishable)]
@@ -132,14 +132,14 @@ def _parents(path: str) -> list[str]:
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
-class Manifest(_Fields):
+class Manifest(Fields):
     """What one immutable version of a model holds."""
 
     format: Literal["lightning-in-a-bucket/manifest/1"] = FORMAT
     version: str = Field(pattern=r"^[0-9a-f]{32}$")
     chunk_size: Literal[16777216] = CHUNK_SIZE
     files: Annotated[tuple[FileEntry, ...], FailFast()] = Field(min_length=1)
-    recipe: Annotated[dict[str, Any], AfterValidator(_check_recipe)]
+    recipe: Annotated[dict[str, Any], AfterValidator(check_recipe)]
 
     @model_validator(mode="after")
     def _is_what_was_published(self) -> Manifest:
@@ -177,7 +177,7 @@ def make_manifest(files: Iterable[FileEntry], recipe: Mapping[str, Any]) -> Mani
     ordered = tuple(sorted(files, key=lambda entry: entry.path))
     # Through JSON and back: what is hashed is what a reader will see, whatever types the caller used.
     try:
-        plain_recipe = _check_recipe(json.loads(json.dumps(recipe)))
+        plain_recipe = check_recipe(json.loads(json.dumps(recipe)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ManifestError(
             f"the recipe to publish cannot be written as JSON: {error}. Give it plain values"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.compiled import Compiling
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import OutOfMemoryError
 from diffusion.float8 import computes_float8
@@ -195,3 +196,24 @@ def test_images_in_company_on_a_card_are_near_those_alone(model):
 
     for ours, expected in zip(engine.generate(request), alone.generate(request), strict=True):
         assert psnr(pixels(ours.image), pixels(expected.image)) >= 30
+
+
+@pytest.mark.timeout(600)
+def test_compiled_regions_run_inside_graphs_and_come_out_of_torchs_caches(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain = Engine(build(model, dtype=torch.bfloat16, device="cuda"), LIGHTNING)
+    (expected,) = plain.generate(REQUEST)
+
+    for only_from_artifacts in (False, True):
+        compiling = Compiling(frozenset({(256, 256)}), only_from_artifacts)
+        pipeline = build(model, dtype=torch.bfloat16, device="cuda")
+        engine = Engine(pipeline, LIGHTNING, compiling=compiling)
+        engine.warm_up()
+
+        assert engine._speed._regions is not None
+        assert len(engine._speed._regions) == 2  # the denoiser's pass and the decoder's
+        assert len(engine._loop._graphs) >= 1
+        (ours,) = engine.generate(REQUEST)
+        assert psnr(pixels(ours.image), pixels(expected.image)) >= 35

@@ -117,7 +117,9 @@ def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("script", ["prepare_model.py", "fill_iam.py", "generate_schema.py"])
+@pytest.mark.parametrize(
+    "script", ["prepare_model.py", "compile_model.py", "fill_iam.py", "generate_schema.py"]
+)
 def test_every_option_that_a_page_gives_a_script_is_known_to_it(script: str) -> None:
     asked = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, "--help"],

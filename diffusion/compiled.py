@@ -1,0 +1,339 @@
+"""Compiled regions: a denoiser's repeated blocks and a card's VAE decoder, as torch.compile makes them.
+
+Only shapes that were learned on purpose run compiled, and everything else as it would without: no request ever waits
+for a compiler, and whatever fails leaves the plain path. What was compiled can be taken to another machine of the same
+kind as bytes (`save_artifacts`, `load_artifacts`). Those bytes are code; whom to trust with that is the caller's
+business.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import platform
+import re
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module, metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion.device import ran_out_of_memory
+from diffusion.errors import CompileError
+
+logger = logging.getLogger(__name__)
+
+# Graphs of one function: kinds of blocks, times token counts, times batches. torch's own limit of 8 is there to notice
+# code that compiles for ever, which a closed set of shapes does not.
+MOST_GRAPHS = 128
+# What repeats in denoisers whose classes do not say so (`_repeated_blocks`).
+REPEATED_BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")
+
+_TORCHS_OWN = "torch"  # in the archive: what `torch.compiler` saved
+_LIBRARIES = (
+    "libraries"  # in the archive: what C++ and Triton's C became, which torch does not save
+)
+_LIBRARY_SUFFIX = ".so"
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """What is to run compiled: width and height of the `sizes`; others run as they are.
+
+    With `only_from_artifacts` nothing is compiled here: a region that torch's caches do not have runs as it is.
+    """
+
+    sizes: frozenset[tuple[int, int]]
+    only_from_artifacts: bool
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Graphs of this process so far: compiled here, and taken from a cache."""
+
+    made: int
+    found: int
+
+
+def tally() -> Tally:
+    from torch._dynamo.utils import counters
+
+    inductor = counters["inductor"]
+    return Tally(
+        inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
+        inductor["fxgraph_cache_hit"],
+    )
+
+
+class CompiledRegions:
+    """The regions of the denoiser and the VAE that `cover` names. They run as they are until a shape is learned.
+
+    One thread uses the parts. Raises `CompileError` when this torch has no compiler at all.
+    """
+
+    def __init__(self, *, only_from_artifacts: bool) -> None:
+        self._how: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        self._parts: list[_Part] = []
+        try:
+            if only_from_artifacts:
+                self._how["backend"] = _from_caches_only()
+        except (ImportError, RuntimeError) as error:
+            raise CompileError(f"nothing can be compiled here: {_first_line(error)}.") from error
+
+    def cover(self, denoiser: Any, vae: Any) -> None:
+        """Stand before these parts from now on. One that is covered already keeps what it has learned.
+
+        Raises `CompileError`.
+        """
+        wanted = [(denoiser, "forward", _repeated_blocks(denoiser))]
+        # On a CPU compiling a decoder takes a minute and saves nothing: its time goes into convolutions.
+        if denoiser.device.type == "cuda":
+            wanted.append((vae, "decode", [vae.decoder]))
+        covered = {id(part.owner): part for part in self._parts}
+        try:
+            self._parts = [
+                covered.get(id(owner)) or _Part(owner, method, regions, self._how)
+                for owner, method, regions in wanted
+            ]
+        except RuntimeError as error:
+            raise CompileError(f"nothing can be compiled here: {_first_line(error)}.") from error
+
+    def __len__(self) -> int:
+        """How many shapes were learned, over all parts."""
+        return sum(len(part.learned) for part in self._parts)
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Inside, a pass of a shape that is not known yet is compiled, or taken from torch's caches."""
+        for part in self._parts:
+            part.learning = True
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.learning = False
+
+
+class _Part:
+    """Stands before `owner`'s method, and says for every call whether the regions inside run compiled."""
+
+    def __init__(
+        self, owner: nn.Module, method: str, regions: Sequence[nn.Module], how: Mapping[str, Any]
+    ) -> None:
+        self.owner = owner
+        self.learning = False
+        self.learned: set[object] = set()
+        self._refused: set[object] = set()
+        self._name = type(owner).__name__
+        self._call = getattr(owner, method)
+        self._regions: list[tuple[nn.Module, Any]] = []
+        for region in regions:
+            region.compile(**how)
+            self._regions.append((region, region._compiled_call_impl))  # noqa: SLF001 - where torch keeps it
+        self._compiled = True
+        self._switch(compiled=False)
+        setattr(owner, method, self._gate)
+
+    def _gate(self, *arguments: Any, **named: Any) -> Any:
+        call = partial(self._call, *arguments, **named)
+        shapes = _shapes((arguments, named))
+        if shapes in self.learned:
+            # A guard that fails all the same makes it slower, never compiles.
+            return self._run(call, "eager_on_recompile")
+        if not self.learning or shapes in self._refused:
+            self._switch(compiled=False)
+            return call()
+        reason = ""
+        try:
+            from torch._dynamo import config
+
+            # torch keeps its configuration by thread, so it is set where it is read.
+            with config.patch(recompile_limit=MOST_GRAPHS):
+                result = self._run(call, "default")
+        except Exception as error:
+            if isinstance(error, RuntimeError) and ran_out_of_memory(error):
+                raise
+            reason = _first_line(error)  # and no more of it: its frames hold tensors
+        else:
+            self.learned.add(shapes)
+            return result
+        if not self._refused:
+            logger.warning("%s runs without compiled code, as well as ever: %s", self._name, reason)
+        self._refused.add(shapes)
+        self._switch(compiled=False)
+        return call()
+
+    def _run(self, call: Callable[[], Any], stance: str) -> Any:
+        self._switch(compiled=True)
+        with torch.compiler.set_stance(stance):
+            return call()
+
+    def _switch(self, *, compiled: bool) -> None:
+        # Cheaper than torch's own stance "force_eager", which costs some 100 us a region and call.
+        if compiled == self._compiled:
+            return
+        for region, implementation in self._regions:
+            region._compiled_call_impl = implementation if compiled else None  # noqa: SLF001
+        self._compiled = compiled
+
+
+def save_artifacts() -> bytes:
+    """All that was compiled in this process, for `load_artifacts` on a machine with the same `artifact_key`.
+
+    Everything in torch's cache folder goes along, so let that be a fresh one (TORCHINDUCTOR_CACHE_DIR). Raises
+    `CompileError` where nothing came of compiling that could be kept.
+    """
+    saved = torch.compiler.save_cache_artifacts()
+    if saved is None or not saved[1].aot_autograd_artifacts:
+        raise CompileError(
+            "nothing came of compiling that torch could keep. See the lines above for what kept it from compiling."
+        )
+    folder = _cache_folder()
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=6) as archive:
+        _add(archive, _TORCHS_OWN, saved[0])
+        for library in sorted(folder.rglob(f"*{_LIBRARY_SUFFIX}")):
+            name = f"{_LIBRARIES}/{library.relative_to(folder).as_posix()}"
+            _add(archive, name, library.read_bytes())
+    return packed.getvalue()
+
+
+def load_artifacts(data: bytes) -> None:
+    """Put what `save_artifacts` gave into torch's caches, from where compiling takes it. This trusts it as code.
+
+    Raises `CompileError` for anything else.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+            torchs_own = b""
+            for member in archive:
+                content = archive.extractfile(member)
+                if content is None:
+                    continue
+                if member.name == _TORCHS_OWN:
+                    torchs_own = content.read()
+                else:
+                    _write_library(member.name, content.read())
+        loaded = torch.compiler.load_cache_artifacts(torchs_own)
+    except Exception as error:  # torch's own loading raises whatever it meets
+        raise CompileError(f"the artifacts cannot be loaded: {_first_line(error)}.") from error
+    if loaded is None:
+        raise CompileError("the artifacts cannot be loaded: torch does not know their form.")
+    # A second of imports that the first pass would wait for: better here, beside the weights.
+    import_module("torch._inductor.compile_fx")
+
+
+def artifact_key(device: torch.device, dtype: torch.dtype, *, float8: bool = False) -> str:
+    """What compiled code depends on beside the model, as a name that S3 and people can read."""
+    numbers = str(dtype).removeprefix("torch.") + ("-float8" if float8 else "")
+    parts = (
+        *_machine(device),
+        f"torch-{torch.__version__}",
+        f"triton-{_installed('triton', 'pytorch-triton')}",
+        f"diffusers-{_installed('diffusers')}",
+        f"python-{sys.version_info.major}.{sys.version_info.minor}",
+        numbers,
+    )
+    key = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-.") for part in parts)
+    return key[:255]
+
+
+def _machine(device: torch.device) -> Iterator[str]:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        yield torch.cuda.get_device_name(device)
+        yield f"sm{major}{minor}"
+        return
+    yield _processor()
+    yield torch.backends.cpu.get_cpu_capability()
+    # inductor writes the number of threads into the C++ it makes.
+    yield f"threads-{torch.get_num_threads()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor())[:80]}-{platform.machine()}"
+
+
+def _installed(*names: str) -> str:
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "none"
+
+
+def _repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
+    names = getattr(denoiser, "_repeated_blocks", None) or REPEATED_BLOCKS
+    return [module for module in denoiser.modules() if type(module).__name__ in names]
+
+
+def _from_caches_only() -> Callable[..., Any]:
+    """inductor, but for the compiling: what its caches do not have is refused."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def refuse(*_arguments: Any, **_named: Any) -> Any:
+        raise CompileError(
+            "the published artifacts do not have what this machine wants. Publish them again with "
+            "scripts/compile_model.py"
+        )
+
+    return partial(compile_fx, inner_compile=refuse)
+
+
+def _shapes(value: Any) -> object:
+    """What of a call's arguments a compiled graph depends on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, Mapping):
+        return tuple((name, _shapes(inner)) for name, inner in sorted(value.items()))
+    if isinstance(value, tuple | list):
+        return tuple(_shapes(inner) for inner in value)
+    return None
+
+
+def _cache_folder() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def _write_library(name: str, data: bytes) -> None:
+    """Into torch's cache folder, whole or not at all: other processes may be using it."""
+    first, *inside = PurePosixPath(name).parts
+    if first != _LIBRARIES or not inside or ".." in inside or not name.endswith(_LIBRARY_SUFFIX):
+        raise CompileError(f"{name!r} has no place in an archive of compiled code")
+    path = _cache_folder().joinpath(*inside)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    partial_path.write_bytes(data)
+    partial_path.chmod(0o755)
+    partial_path.replace(path)
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the pages that dynamo adds to it."""
+    inner = getattr(error, "inner_exception", None) or error
+    lines = str(inner).strip().splitlines()
+    line = lines[0] if lines else type(inner).__name__
+    return line.removesuffix(".")[:300]
