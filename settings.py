@@ -7,7 +7,6 @@ example stand beside its type, because the error a person sees when it is missin
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -27,6 +26,18 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from checks import (
+    absolute_path,
+    check_bucket_name,
+    digests,
+    http_url,
+    key_prefix,
+    secret_without_spaces,
+    split_model_paths,
+    with_scheme,
+    without_spaces,
+)
+
 DAY = 24 * 60 * 60
 AWS_LONGEST_URL_LIFETIME = 7 * DAY  # SigV4 query signatures: X-Amz-Expires is at most 604800
 TIGRIS_LONGEST_URL_LIFETIME = 90 * DAY
@@ -39,88 +50,8 @@ class SettingsError(Exception):
     """The environment cannot be used; the message names each variable, what it is for and an example."""
 
 
-def check_bucket_name(value: str) -> str:
-    """Return the name if it can be a bucket's, else raise ValueError."""
-    if "/" in value or ":" in value:
-        raise ValueError("must be the bucket's bare name, without s3:// or a path")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", value):
-        raise ValueError("is not a bucket name: 3 to 63 letters, digits, dots and hyphens")
-    return value
-
-
-def _key_prefix(value: str) -> str:
-    value = value.strip("/")
-    if any(part in ("", ".", "..") for part in value.split("/")) and value:
-        raise ValueError("must be a plain path, without empty, '.' or '..' parts")
-    if any(ord(character) < 32 or character == "\\" for character in value):
-        raise ValueError("must not contain control characters or backslashes")
-    return value
-
-
-def check_model_path(value: str) -> str:
-    """Return a model's path without slashes at its ends if it is a plain one, else raise ValueError."""
-    if not _key_prefix(value):
-        raise ValueError("must not be empty")
-    return _key_prefix(value)
-
-
-def _model_paths(value: str) -> tuple[str, ...]:
-    paths = tuple(check_model_path(path.strip()) for path in value.split(","))
-    if len(set(paths)) < len(paths):
-        raise ValueError("must not name a model twice")
-    return paths
-
-
-def _http_url(value: str) -> str:
-    try:
-        url = urlsplit(value)
-        port_is_valid = url.port is None or url.port > 0
-    except ValueError:
-        port_is_valid = False
-    if (
-        not port_is_valid
-        or url.scheme not in ("http", "https")
-        or not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9a-f:.]+", url.hostname or "")
-    ):
-        raise ValueError("must be a URL such as https://host or http://host:port")
-    if url.username or url.password or url.query or url.fragment:
-        raise ValueError("must not carry a user, a password, a query or a fragment")
-    return value.rstrip("/")
-
-
-def _with_scheme(value: Any) -> Any:
-    """An emulator's address is often written without one."""
-    return f"http://{value}" if isinstance(value, str) and "://" not in value else value
-
-
-def _absolute(value: Path) -> Path:
-    if not value.is_absolute():
-        raise ValueError("must be an absolute path")
-    return value
-
-
-def _digests(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    digests = tuple(part.strip().lower() for part in value.split(","))
-    if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests):
-        raise ValueError("must be SHA-256s: 64 hexadecimal digits each, with commas between them")
-    return digests
-
-
-def _without_spaces(value: str) -> str:
-    if not value.isprintable() or " " in value:
-        raise ValueError("contains a space or a control character: was it pasted whole?")
-    return value
-
-
-def _secret_without_spaces(value: SecretStr) -> SecretStr:
-    _without_spaces(value.get_secret_value())
-    return value
-
-
 BucketName = Annotated[str, AfterValidator(check_bucket_name)]
-HttpUrl = Annotated[str, AfterValidator(_http_url)]
+HttpUrl = Annotated[str, AfterValidator(http_url)]
 
 
 def _variable(name: str, purpose: str, example: str, **constraints: Any) -> Any:
@@ -134,13 +65,13 @@ class StorageSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, extra="ignore")
 
-    access_key_id: Annotated[str, AfterValidator(_without_spaces)] | None = _variable(
+    access_key_id: Annotated[str, AfterValidator(without_spaces)] | None = _variable(
         "AWS_ACCESS_KEY_ID", "the access key ID of the keypair", "tid_…", default=None, repr=False
     )
-    secret_access_key: Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None = (
+    secret_access_key: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = (
         _variable("AWS_SECRET_ACCESS_KEY", "the secret half of the keypair", "tsec_…", default=None)
     )
-    session_token: Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None = _variable(
+    session_token: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = _variable(
         "AWS_SESSION_TOKEN", "the token of temporary AWS credentials", "IQoJ…", default=None
     )
     endpoint_url: HttpUrl | None = _variable(
@@ -196,19 +127,19 @@ class StorageSettings(BaseModel):
 class SourceSettings(StorageSettings):
     """What scripts/prepare_model.py needs: the bucket it publishes to, and the one that a model may come from."""
 
-    source_access_key_id: Annotated[str, AfterValidator(_without_spaces)] | None = _variable(
+    source_access_key_id: Annotated[str, AfterValidator(without_spaces)] | None = _variable(
         "SOURCE_AWS_ACCESS_KEY_ID",
         "the access key ID of a keypair that may list and read the source bucket",
         "AKIA…",
         default=None,
         repr=False,
     )
-    source_secret_access_key: (
-        Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None
-    ) = _variable(
-        "SOURCE_AWS_SECRET_ACCESS_KEY", "the secret half of that keypair", "wJal…", default=None
+    source_secret_access_key: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = (
+        _variable(
+            "SOURCE_AWS_SECRET_ACCESS_KEY", "the secret half of that keypair", "wJal…", default=None
+        )
     )
-    source_session_token: Annotated[SecretStr, AfterValidator(_secret_without_spaces)] | None = (
+    source_session_token: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = (
         _variable(
             "SOURCE_AWS_SESSION_TOKEN", "the token of temporary credentials", "IQoJ…", default=None
         )
@@ -227,13 +158,13 @@ class SourceSettings(StorageSettings):
         pattern=r"^[a-z0-9-]+$",
     )
 
-    google_credentials: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+    google_credentials: Annotated[Path, AfterValidator(absolute_path)] | None = _variable(
         "GOOGLE_APPLICATION_CREDENTIALS",
         "the key file of a service account that may read a gs:// source",
         "/home/me/service_account.json",
         default=None,
     )
-    gcs_endpoint: Annotated[str, BeforeValidator(_with_scheme), AfterValidator(_http_url)] = (
+    gcs_endpoint: Annotated[str, BeforeValidator(with_scheme), AfterValidator(http_url)] = (
         _variable(
             "STORAGE_EMULATOR_HOST",
             "a server that stands in for Google Cloud Storage",
@@ -306,13 +237,13 @@ class CommandSettings(StorageSettings):
 class RunnerSettings(StorageSettings):
     """What the serving container needs beside the storage: which model, where images go, on which device."""
 
-    model_paths: Annotated[tuple[str, ...], BeforeValidator(_model_paths)] = _variable(
+    model_paths: Annotated[tuple[str, ...], BeforeValidator(split_model_paths)] = _variable(
         "MODEL_PATH",
         "the model's folder in the bucket, as published by scripts/prepare_model.py; or several of one architecture, "
         "separated by commas",
         "ByteDance/SDXL-Lightning",
     )
-    model_folder: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+    model_folder: Annotated[Path, AfterValidator(absolute_path)] | None = _variable(
         "MODEL_FOLDER",
         "a folder that `python -m weights pull` has left the model in, to be read instead of the bucket",
         "/src/model",
@@ -337,7 +268,7 @@ class RunnerSettings(StorageSettings):
         default=None,
         pattern=r"^[0-9a-f]{32}$",
     )
-    image_prefix: Annotated[str, AfterValidator(_key_prefix)] = _variable(
+    image_prefix: Annotated[str, AfterValidator(key_prefix)] = _variable(
         "IMAGE_PREFIX", "a folder in the image bucket to put images under", "sdxl", default=""
     )
     image_url_lifetime: int = _variable(
@@ -376,7 +307,7 @@ class RunnerSettings(StorageSettings):
         "off",
         default="auto",
     )
-    compiled_sha256: Annotated[tuple[str, ...], BeforeValidator(_digests)] | None = _variable(
+    compiled_sha256: Annotated[tuple[str, ...], BeforeValidator(digests)] | None = _variable(
         "COMPILED_SHA256",
         "the only compiled code to be run, by the SHA-256 that scripts/compile_model.py printed; several with commas",
         "9f86d081…",
@@ -421,7 +352,7 @@ class RunnerSettings(StorageSettings):
         ge=32,
         le=65536,
     )
-    cache_folder: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+    cache_folder: Annotated[Path, AfterValidator(absolute_path)] | None = _variable(
         "MODEL_CACHE_DIR",
         "a folder on this machine's own disk that keeps weights for the next start, shared by all replicas here",
         "/var/cache/models",
@@ -441,7 +372,7 @@ class RunnerSettings(StorageSettings):
         default=None,
         ge=1,
     )
-    cold_start_folder: Annotated[Path, AfterValidator(_absolute)] | None = _variable(
+    cold_start_folder: Annotated[Path, AfterValidator(absolute_path)] | None = _variable(
         "COLD_START_DIR",
         "a folder to leave the timeline of the start in, as cold-start.json and cold-start.svg",
         "/var/log/cold-start",

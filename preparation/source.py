@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from checks import check_bucket_name, check_model_path
 from preparation.errors import UsageError
 from preparation.hub import is_repo_id
-from settings import check_bucket_name, check_model_path
 from weights.manifest import is_pickle
 
 SUFFIX = ".safetensors"

@@ -23,6 +23,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # the rooms, from wherever this is run
 
+from checks import check_bucket_name, check_model_path
 from compiling import BLOB_NAME
 from diffusion.errors import DiffusionError
 from diffusion.recipe import Recipe
@@ -31,8 +32,6 @@ from loading import load
 from settings import (
     RunnerSettings,
     SettingsError,
-    check_bucket_name,
-    check_model_path,
     load_runner_settings,
 )
 from weights import Bucket, Manifest, ModelNotFoundError, WeightsError, read_latest, read_manifest

@@ -17,14 +17,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BASE = {"settings", "s3"}
+BASE = {"checks", "settings", "s3"}
 ROOMS = {"weights", "diffusion", "images", "preparation"}
 DOORS = {"predict", "loading", "compiling", "events", "gateway", "scripts", "demo", "benchmarks"}
 OURS = BASE | ROOMS | DOORS | {"tests"}
 
 # Beside itself, what each may import of ours. Tests may import everything; nothing may import tests.
 MAY_IMPORT = {
-    "settings": set(),
+    "checks": set(),
+    "settings": {"checks"},
     "s3": {"settings"},
     "weights": BASE,
     "diffusion": BASE - {"s3"},
@@ -46,6 +47,7 @@ MAY_IMPORT = {
 HEAVY = {"torch", "diffusers", "transformers"}
 S3_LIBRARIES = {"boto3", "botocore", "s3transfer"}
 NEVER = {
+    "checks": HEAVY | S3_LIBRARIES,
     "settings": HEAVY | S3_LIBRARIES,
     "s3": HEAVY,
     "weights": HEAVY,

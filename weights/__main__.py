@@ -14,10 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from checks import check_bucket_name, check_model_path
 from settings import (
     SettingsError,
-    check_bucket_name,
-    check_model_path,
     load_command_settings,
 )
 from weights.activation import activate
