@@ -17,13 +17,23 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from demo.small_tokenizer import END, START, vocabulary, write_tokenizer
-from demo.small_weights import draw_text_encoder, draw_unet, draw_vae
+from demo.small_weights import Numbers, draw_text_encoder, draw_unet, draw_vae, portable_numbers
 from diffusion.recipe import Recipe, SchedulerRecipe
 
 DType = Literal["float32", "float16", "bfloat16"]
 NATIVE_SIZE = 256
 VAE_SCALE_FACTOR = 8
 GROUPS = 8  # of every group norm; the UNet's pass-through channels count on it (see small_weights)
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What makes one model of this architecture larger than another: the configurations of its parts."""
+
+    text: Any
+    text_2: Any
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ def write_small_sdxl(
     steps: tuple[int, ...] = (4,),
     shard_bytes: int | None = None,
     text_2_layers: int = 3,
+    native_size: int = NATIVE_SIZE,
 ) -> Path:
     """Write a `StableDiffusionXLPipeline` folder and return its path.
 
@@ -59,10 +70,28 @@ def write_small_sdxl(
         shard_bytes: split weight files larger than this, as the Hub's large models are, with their index.
         text_2_layers: of the second text encoder. SDXL's own has 32, and a single-file checkpoint is known as SDXL's by
             the tenth.
+        native_size: what that recipe says the model is best at; the weights do not depend on it.
     """
+    recipe = lightning_recipe(dtype, steps, native_size) if lightning else None
+    dimensions = _small_dimensions(width, dtype, text_2_layers)
+    write_sdxl(folder, dimensions, recipe, seed=seed, dtype=dtype, shard_bytes=shard_bytes)
+    return folder
+
+
+def write_sdxl(
+    folder: Path,
+    dimensions: Dimensions,
+    recipe: Mapping[str, Any] | None,
+    *,
+    seed: int,
+    dtype: DType,
+    shard_bytes: int | None,
+    numbers: Numbers = portable_numbers,
+) -> None:
+    """Write a folder of any dimensions; `numbers` are what its weights are shaped from."""
     folder.mkdir(parents=True, exist_ok=True)
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    for component, tensors in _components(seed, width, dtype, text_2_layers):
+    for component, tensors in _components(dimensions, seed, numbers):
         _write_json(folder / component.folder / "config.json", {**component.config})
         cast = {name: tensor.to(torch_dtype).contiguous() for name, tensor in tensors.items()}
         _write_weights(folder / component.folder, component.stem, cast, shard_bytes)
@@ -71,20 +100,18 @@ def write_small_sdxl(
     write_tokenizer(folder / "tokenizer_2", pad_token="!")
     _scheduler().save_pretrained(folder / "scheduler")
     _write_json(folder / "model_index.json", _model_index())
-    if lightning:
-        _write_json(folder / "recipe.json", _lightning_recipe(dtype, steps))
-    return folder
+    if recipe is not None:
+        _write_json(folder / "recipe.json", recipe)
 
 
 def _components(
-    seed: int, width: int, dtype: DType, text_2_layers: int
+    dimensions: Dimensions, seed: int, numbers: Numbers
 ) -> Iterator[tuple[Component, dict[str, torch.Tensor]]]:
-    text, text_2 = _text_configs(dtype, text_2_layers)
     with torch.device("meta"):  # shapes only: the modules' own random weights are never made
-        encoder = _make(CLIPTextModel, config=text)
-        encoder_2 = _make(CLIPTextModelWithProjection, config=text_2)
-        unet = _make(UNet2DConditionModel, **_unet_config(width, text.hidden_size, text_2))
-        vae = _make(AutoencoderKL, **_vae_config())
+        encoder = _make(CLIPTextModel, config=dimensions.text)
+        encoder_2 = _make(CLIPTextModelWithProjection, config=dimensions.text_2)
+        unet = _make(UNet2DConditionModel, **dimensions.unet)
+        vae = _make(AutoencoderKL, **dimensions.vae)
 
     for name, model in (("text_encoder", encoder), ("text_encoder_2", encoder_2)):
         # Published CLIP files all carry this prefix, also where newer transformers classes dropped it.
@@ -95,48 +122,63 @@ def _components(
             for key, value in model.state_dict().items()
         }
         component = Component(name, "model", _saved(model.config), shapes)
-        yield component, draw_text_encoder(shapes, seed, name)
+        yield component, draw_text_encoder(shapes, seed, name, numbers)
 
     shapes = {key: value.shape for key, value in unet.state_dict().items()}
     yield (
         Component("unet", "diffusion_pytorch_model", _saved(unet), shapes),
-        draw_unet(shapes, seed, GROUPS),
+        draw_unet(shapes, seed, unet.config.norm_num_groups, numbers),
     )
     shapes = {key: value.shape for key, value in vae.state_dict().items()}
     scaling = vae.config.scaling_factor
     yield (
         Component("vae", "diffusion_pytorch_model", _saved(vae), shapes),
-        draw_vae(shapes, seed, scaling),
+        draw_vae(shapes, seed, scaling, numbers),
     )
 
 
-def _text_configs(dtype: DType, text_2_layers: int) -> tuple[Any, Any]:
+def _small_dimensions(width: int, dtype: DType, text_2_layers: int) -> Dimensions:
+    text, text_2 = _text_configs(dtype, text_2_layers)
+    unet = _unet_config(width, text.hidden_size, text_2)
+    return Dimensions(text, text_2, unet, _vae_config())
+
+
+def text_config(dtype: DType, *, pad_token: str, **dimensions: Any) -> Any:
+    """A CLIP text encoder's configuration, for the tokenizers that `small_tokenizer` writes."""
     tokens, _ = vocabulary()
-    ids = {"bos_token_id": tokens[START], "eos_token_id": tokens[END], "vocab_size": len(tokens)}
-    shared = {**ids, "max_position_embeddings": 77, "dtype": dtype}
-    first = _make(
-        CLIPTextConfig,
+    shared = {
+        "bos_token_id": tokens[START],
+        "eos_token_id": tokens[END],
+        "pad_token_id": tokens[pad_token],
+        "vocab_size": len(tokens),
+        "max_position_embeddings": 77,
+        "dtype": dtype,
+    }
+    return _make(CLIPTextConfig, **shared | dimensions)
+
+
+def _text_configs(dtype: DType, text_2_layers: int) -> tuple[Any, Any]:
+    first = text_config(
+        dtype,
+        pad_token=END,
         num_hidden_layers=3,
         hidden_size=32,
         intermediate_size=64,
         num_attention_heads=2,
         projection_dim=32,
         hidden_act="quick_gelu",
-        pad_token_id=tokens[END],
         architectures=["CLIPTextModel"],
-        **shared,
     )
-    second = _make(
-        CLIPTextConfig,
+    second = text_config(
+        dtype,
+        pad_token="!",
         num_hidden_layers=text_2_layers,
         hidden_size=64,
         intermediate_size=128,
         num_attention_heads=4,
         projection_dim=64,
         hidden_act="gelu",
-        pad_token_id=tokens["!"],
         architectures=["CLIPTextModelWithProjection"],
-        **shared,
     )
     return first, second
 
@@ -208,7 +250,8 @@ def _model_index() -> dict[str, Any]:
     }
 
 
-def _lightning_recipe(dtype: DType, steps: tuple[int, ...]) -> dict[str, Any]:
+def lightning_recipe(dtype: DType, steps: tuple[int, ...], native_size: int) -> dict[str, Any]:
+    """Euler trailing without guidance, at these step counts."""
     recipe = Recipe(
         scheduler=SchedulerRecipe(
             class_name="EulerDiscreteScheduler", config={"timestep_spacing": "trailing"}
@@ -218,7 +261,7 @@ def _lightning_recipe(dtype: DType, steps: tuple[int, ...]) -> dict[str, Any]:
         default_steps=steps[0],
         guidance_scale=0.0,
         guidance_free=True,
-        native_size=NATIVE_SIZE,
+        native_size=native_size,
     )
     return recipe.model_dump(mode="json")
 

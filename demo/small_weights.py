@@ -7,25 +7,38 @@ output, so it predicts mostly the noise it was given, minus a smooth picture tha
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 Shapes = Mapping[str, torch.Size]
+# Uniform numbers from 0 to 1 of a shape, as float32, from the stream that belongs to the given key.
+Numbers = Callable[[bytes, Sequence[int]], torch.Tensor]
+Uniform = Callable[[str, Sequence[int], float], torch.Tensor]
 
 _BLUR = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
 _LATENTS = 4
 
 
-def draw_text_encoder(shapes: Shapes, seed: int, component: str) -> dict[str, torch.Tensor]:
+def portable_numbers(key: bytes, shape: Sequence[int]) -> torch.Tensor:
+    """From numpy, because that is integer arithmetic and one multiplication: bit-equal on every machine."""
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "big")))
+    return torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
+
+
+def draw_text_encoder(
+    shapes: Shapes, seed: int, component: str, numbers: Numbers = portable_numbers
+) -> dict[str, torch.Tensor]:
     """Weights of a CLIP text encoder in which every token weighs in."""
-    return {name: _draw(name, shape, seed, component) for name, shape in shapes.items()}
+    return _drawn(shapes, seed, component, numbers)
 
 
-def draw_unet(shapes: Shapes, seed: int, groups: int) -> dict[str, torch.Tensor]:
+def draw_unet(
+    shapes: Shapes, seed: int, groups: int, numbers: Numbers = portable_numbers
+) -> dict[str, torch.Tensor]:
     """Weights of a UNet whose output is its (normalised) input minus a smooth picture."""
-    tensors = {name: _draw(name, shape, seed, "unet") for name, shape in shapes.items()}
+    tensors = _drawn(shapes, seed, "unet", numbers)
     for name, tensor in tensors.items():
         if name.endswith("time_emb_proj.weight"):
             tensor *= 2.0  # where the pooled prompt and the time come in: loud enough to be seen
@@ -35,9 +48,11 @@ def draw_unet(shapes: Shapes, seed: int, groups: int) -> dict[str, torch.Tensor]
     return tensors
 
 
-def draw_vae(shapes: Shapes, seed: int, scaling_factor: float) -> dict[str, torch.Tensor]:
+def draw_vae(
+    shapes: Shapes, seed: int, scaling_factor: float, numbers: Numbers = portable_numbers
+) -> dict[str, torch.Tensor]:
     """Weights of a VAE whose decoder turns latents of unit size into a full range of colours."""
-    tensors = {name: _draw(name, shape, seed, "vae") for name, shape in shapes.items()}
+    tensors = _drawn(shapes, seed, "vae", numbers)
     tensors["post_quant_conv.weight"] = scaling_factor * torch.eye(_LATENTS)[:, :, None, None]
     tensors["post_quant_conv.bias"].zero_()
     tensors["decoder.conv_out.weight"] *= 0.9
@@ -55,7 +70,12 @@ def _pass_input_through(tensors: dict[str, torch.Tensor], groups: int) -> None:
     channels = conv_in.shape[0]
     copies = max(1, channels // groups // 4)  # a wide model has wider norm groups: fill two of them
     carried = 2 * _LATENTS * copies
-    resnet = "up_blocks.2.resnets.1"  # the last one, which conv_in's own output skips to
+    # The last one, which conv_in's own output skips to.
+    resnet = max(
+        name.removesuffix(".conv_shortcut.weight")
+        for name in tensors
+        if name.startswith("up_blocks.2.resnets.") and name.endswith(".conv_shortcut.weight")
+    )
     shortcut = tensors[f"{resnet}.conv_shortcut.weight"]
     skipped = (
         shortcut.shape[1] - channels
@@ -77,36 +97,32 @@ def _pass_input_through(tensors: dict[str, torch.Tensor], groups: int) -> None:
         conv_out[latent, channel, 1, 1] = sign / copies
 
 
-def _draw(name: str, shape: torch.Size, seed: int, component: str) -> torch.Tensor:
+def _drawn(shapes: Shapes, seed: int, component: str, numbers: Numbers) -> dict[str, torch.Tensor]:
+    def uniform(name: str, shape: Sequence[int], deviation: float) -> torch.Tensor:
+        """Uniform, of this standard deviation, from the tensor's own stream: no order, no thread count matters."""
+        key = hashlib.sha256(f"{seed}/{component}/{name}".encode()).digest()
+        return (numbers(key, shape) - 0.5) * (2 * math.sqrt(3) * deviation)
+
+    return {name: _draw(name, shape, uniform) for name, shape in shapes.items()}
+
+
+def _draw(name: str, shape: torch.Size, uniform: Uniform) -> torch.Tensor:
     if name.endswith("norm.weight") or _is_norm(name):
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     if name.endswith("bias"):
-        return _uniform(name, shape, 0.1, seed, component)
+        return uniform(name, shape, 0.1)
     if "embedding.weight" in name:
         size = 1.0 if "token" in name else 0.3
-        return _uniform(name, shape, size, seed, component)
+        return uniform(name, shape, size)
     if len(shape) == 4 and shape[-1] == 3:
-        mix = _uniform(name, shape[:2], 1 / math.sqrt(shape[1]), seed, component)
+        mix = uniform(name, shape[:2], 1 / math.sqrt(shape[1]))
         return (
-            mix[:, :, None, None] * _BLUR * 1.5
+            mix[:, :, None, None] * _BLUR.to(mix.device) * 1.5
         )  # 1.5: what a blur takes from a signal that is not all smooth
     fan_in = math.prod(shape[1:])
-    return _uniform(name, shape, 1 / math.sqrt(fan_in), seed, component)
+    return uniform(name, shape, 1 / math.sqrt(fan_in))
 
 
 def _is_norm(name: str) -> bool:
     module = name.rsplit(".", 2)[-2]
     return module.startswith(("norm", "layer_norm", "group_norm", "conv_norm", "final_layer_norm"))
-
-
-def _uniform(
-    name: str, shape: Sequence[int], deviation: float, seed: int, component: str
-) -> torch.Tensor:
-    """Uniform numbers of this standard deviation, from the tensor's own stream: no order, no thread count matters.
-
-    Uniform and from numpy, because that is integer arithmetic and one multiplication: bit-equal on every machine.
-    """
-    key = hashlib.sha256(f"{seed}/{component}/{name}".encode()).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "big")))
-    numbers = torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
-    return (numbers - 0.5) * (2 * math.sqrt(3) * deviation)
