@@ -26,7 +26,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 
 .PHONY: help
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 .PHONY: demo
 demo: $(VENV)/.installed ## Bucket in, image out, on this machine; KEEP=1 leaves it serving
@@ -61,6 +61,10 @@ check: lint types ## Everything .ci/run checks, short of the tests and the demo
 .PHONY: bench
 bench: $(BENCH_VENV)/.installed ## Measure the loader beside its peers; ARGS="--size 256MB --rounds 1" for a look
 	@$(BENCH_VENV)/bin/python benchmarks/weights.py $(ARGS)
+
+.PHONY: bench-engine
+bench-engine: $(BENCH_VENV)/.installed ## Measure the engine beside stock diffusers; ARGS="--parts single --rounds 1" for a look
+	@$(BENCH_VENV)/bin/python benchmarks/engine.py $(ARGS)
 
 .PHONY: install
 install: $(VENV)/.installed ## Only install into .venv

@@ -93,7 +93,8 @@ def write_sdxl(
     torch_dtype: torch.dtype = getattr(torch, dtype)
     for component, tensors in _components(dimensions, seed, numbers):
         _write_json(folder / component.folder / "config.json", {**component.config})
-        cast = {name: tensor.to(torch_dtype).contiguous() for name, tensor in tensors.items()}
+        # One by one: a large part is not to be there twice.
+        cast = {name: tensors.pop(name).to(torch_dtype).contiguous() for name in [*tensors]}
         _write_weights(folder / component.folder, component.stem, cast, shard_bytes)
         del tensors, cast
     write_tokenizer(folder / "tokenizer", pad_token=END)

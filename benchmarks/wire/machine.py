@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -32,13 +33,18 @@ def machine() -> str:
 
 
 def versions() -> str:
-    found = [f"Python {platform.python_version()}", _nginx()]
-    for package in PACKAGES:
+    return ", ".join([f"Python {platform.python_version()}", _nginx(), *versions_of(PACKAGES)])
+
+
+def versions_of(packages: Sequence[str]) -> list[str]:
+    """Those that are installed, each with its version."""
+    found = []
+    for package in packages:
         try:
             found.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return found
 
 
 def _processor() -> str:

@@ -1,0 +1,141 @@
+"""What this engine was to reach, held against what was measured. The limits are the project's own, not a peer's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.generation.ways import COMPILED, OURS, STOCK
+
+Part = Mapping[str, Any]
+
+MOST_TIMES_STOCK_ON_CPU = 1.0
+LEAST_TIMES_EAGER_ON_CARD = 2.5
+# At 1024x1024, 4 steps, on an H200.
+MOST_MILLISECONDS_ON_CARD = 110.0
+MOST_MILLISECONDS_IN_FLOAT8 = 75.0
+LEAST_PSNR = 35.0
+LEAST_GAIN_OF_EIGHT = 1.3
+MOST_IDLE = 0.1
+MOST_OVERHEAD_MILLISECONDS = 150.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure beside its limit."""
+
+    what: str
+    asked: str
+    measured: str
+    holds: bool
+
+
+def asked(parts: Mapping[str, Part]) -> Iterator[Line]:
+    """Every line that the parts can say something of."""
+    if "single" in parts:
+        single = parts["single"]
+        for size, results in single["sizes"].items():
+            if results.get(OURS, {}).get("first") and results.get(STOCK, {}).get("first"):
+                yield from (_on_card if single["device"] == "cuda" else _on_cpu)(size, results)
+            if size == "1024" and single["device"] == "cuda":
+                yield from _of_the_card(single, results)
+    if "throughput" in parts:
+        yield from _many(parts["throughput"])
+    if found := parts.get("overhead", {}).get("found"):
+        milliseconds = statistics.median(one["overhead"] for one in found) * 1000
+        yield Line(
+            "a request beyond its generation",
+            f"at most {MOST_OVERHEAD_MILLISECONDS:.0f} ms",
+            f"{milliseconds:.0f} ms",
+            milliseconds <= MOST_OVERHEAD_MILLISECONDS,
+        )
+
+
+def _on_cpu(size: str, results: Mapping[str, Any]) -> Iterator[Line]:
+    times = _seconds(results, OURS) / _seconds(results, STOCK)
+    yield Line(
+        f"one image of {size}x{size}",
+        f"at most {MOST_TIMES_STOCK_ON_CPU:.1f} times stock",
+        f"{times:.2f} times",
+        times <= MOST_TIMES_STOCK_ON_CPU,
+    )
+    unequal = sum(one is not None for one in results[OURS]["psnr"])
+    yield Line(
+        f"pixels of {size}x{size}",
+        "equal to stock's",
+        f"{unequal} of {len(results[OURS]['psnr'])} images differ" if unequal else "equal",
+        not unequal,
+    )
+
+
+def _on_card(size: str, results: Mapping[str, Any]) -> Iterator[Line]:
+    ours = _seconds(results, OURS)
+    faster = _seconds(results, STOCK) / ours
+    yield Line(
+        f"one image of {size}x{size}",
+        f"at least {LEAST_TIMES_EAGER_ON_CARD} times as fast as stock",
+        f"{faster:.2f} times",
+        faster >= LEAST_TIMES_EAGER_ON_CARD,
+    )
+    compiled = [_seconds(results, way) for way in COMPILED if results.get(way, {}).get("first")]
+    if compiled:
+        ahead = min(compiled) / ours
+        yield Line(
+            f"one image of {size}x{size}",
+            "ahead of stock's torch.compile",
+            f"{ahead:.2f} times as fast",
+            ahead > 1,
+        )
+    lowest = min((one for one in results[OURS]["psnr"] if one is not None), default=float("inf"))
+    yield Line(
+        f"pixels of {size}x{size}",
+        f"at least {LEAST_PSNR:.0f} dB from stock's in the same dtype",
+        f"{lowest:.1f} dB",
+        lowest >= LEAST_PSNR,
+    )
+
+
+def _of_the_card(single: Part, results: Mapping[str, Any]) -> Iterator[Line]:
+    """The card's own milliseconds; settings that mention float8 have a limit of their own."""
+    for name, result in results.items():
+        if single["ways"][name] != OURS or not result["first"]:
+            continue
+        float8 = any(mention in name.lower() for mention in ("fp8", "float8"))
+        most = MOST_MILLISECONDS_IN_FLOAT8 if float8 else MOST_MILLISECONDS_ON_CARD
+        spent = statistics.median(one["device_seconds"] for one in result["first"]) * 1000
+        yield Line(
+            f"1024x1024 on the card, {single['names'][name]}",
+            f"at most {most:.0f} ms on an H200",
+            f"{spent:.1f} ms",
+            spent <= most,
+        )
+
+
+def _many(part: Part) -> Iterator[Line]:
+    for size, measured in part["sizes"].items():
+        found = measured.get(OURS, {})
+        if not (found.get("8") and found.get("1")):
+            continue
+        if part["device"] == "cuda":
+            idle = 1 - statistics.median(one["busy"] for one in found["8"])
+            yield Line(
+                f"the card with 8 at once, {size}x{size}",
+                f"idle less than {MOST_IDLE:.0%}",
+                f"{idle:.1%}",
+                idle < MOST_IDLE,
+            )
+        else:
+            rates = [statistics.median(one["rate"] for one in found[count]) for count in ("8", "1")]
+            gain = rates[0] / rates[1]
+            yield Line(
+                f"8 at once, {size}x{size}",
+                f"at least {LEAST_GAIN_OF_EIGHT} times one after another",
+                f"{gain:.2f} times",
+                gain >= LEAST_GAIN_OF_EIGHT,
+            )
+
+
+def _seconds(results: Mapping[str, Any], way: str) -> float:
+    return float(statistics.median(one["seconds"] for one in results[way]["first"]))

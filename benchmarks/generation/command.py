@@ -1,0 +1,238 @@
+"""The command line of benchmarks/engine.py: which parts are run, by whom, on what, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.generation import overhead, rounds, start
+from benchmarks.generation.model import Job, write_model
+from benchmarks.generation.report import write
+from benchmarks.generation.rounds import Contest
+from benchmarks.generation.ways import OURS, WAYS, ways_for
+from benchmarks.wire.command import _count, _list_of
+from benchmarks.wire.machine import machine, versions_of
+from benchmarks.wire.measure import progress
+from benchmarks.wire.memory import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+PARTS = ("single", "throughput", "overhead", "start")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "openvino",
+    "torchao",
+    "isal",
+    "pillow",
+)
+SIZES = {"small": [64, 256], "full": [1024]}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(description: str | None) -> int:
+    """Measure what the command line asks for; returns the exit status."""
+    options = _options(description)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children end on the way out
+    device, card = _device()
+    settings = _settings(options, device)
+    output: Path = options.output or RESULTS / f"engine-{_slug(card)}.md"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    data = output.with_suffix(".json")
+    parts: dict[str, Any] = json.loads(data.read_text()) if data.exists() else {}
+    for name, part in _run(options, settings):
+        parts[name] = {
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "machine": f"{card}; {machine()}" if card else machine(),
+            "versions": ", ".join(
+                [f"Python {platform.python_version()}", *versions_of(PACKAGES), *_cuda(device)]
+            ),
+            "command": f"benchmarks/engine.py {' '.join(sys.argv[1:])}".strip(),
+            "rounds": options.rounds,
+            **settings,
+            **part,
+        }
+        # After every part: an hour of measuring must not hang on the last one.
+        data.write_text(json.dumps(parts, indent=1) + "\n")
+        written = write(parts, output, data.name)
+    print(output.read_text())
+    progress("written: " + ", ".join(str(file) for file in [*written, data]))
+    return 0
+
+
+def _run(
+    options: argparse.Namespace, settings: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every part's name and what was measured, as it is done."""
+    sizes = settings["sizes"]
+    with tempfile.TemporaryDirectory(prefix="bench-") as place:
+        job = Job(
+            settings["model"],
+            str(Path(place) / "model"),
+            settings["device"],
+            settings["dtype"],
+            settings["steps"],
+            max(sizes),
+        )
+        contest = contest_of(job, options.ways, options.ours)
+        progress(f"writing a {job.kind} SDXL …")
+        model_bytes = write_model(job)
+        names = {"names": {name: _name(contest, name) for name in contest.jobs}}
+        named = {**names, "ways": dict(contest.ways), "bytes": model_bytes}
+        if {"single", "throughput"} & set(options.parts):
+            with rounds.ready(contest, sizes) as found:
+                if "single" in options.parts:
+                    one = rounds.single(contest, found, sizes, options.rounds, Path(place))
+                    yield "single", named | one
+                if "throughput" in options.parts:
+                    load = os.getloadavg()[0]
+                    many = rounds.throughput(
+                        contest, found, sizes, options.rounds, options.concurrency
+                    )
+                    yield "throughput", named | many | {"load": load}
+        if "start" in options.parts:
+            count = min(options.rounds, options.start_rounds)
+            started = start.run(contest, max(sizes), count, model_bytes)
+            yield "start", named | started | {"rounds": count}
+    if "overhead" in options.parts:
+        yield "overhead", overhead.run(options.overhead_size, options.rounds)
+
+
+def contest_of(job: Job, names: list[str] | None, variants: list[str]) -> Contest:
+    """The job for these ways, and for this engine again with the settings of each variant (`NAME=VALUE,…`)."""
+    ways = {name: name for name in ways_for(job.device, names)}
+    jobs = dict.fromkeys(ways, job)
+    for variant in variants:
+        jobs[variant] = replace(job, settings=dict(one.split("=", 1) for one in variant.split(",")))
+        ways[variant] = OURS
+    return Contest(jobs, ways)
+
+
+def _name(contest: Contest, name: str) -> str:
+    own = WAYS[contest.ways[name]].name
+    return own if name in WAYS else f"{own}, {name}"
+
+
+def _settings(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    model = options.model or ("full" if device == "cuda" else "small")
+    return {
+        "device": device,
+        "model": model,
+        "dtype": options.dtype or _best_dtype(device),
+        "sizes": options.size or SIZES[model],
+        "steps": options.steps,
+    }
+
+
+def _best_dtype(device: str) -> str:
+    import torch
+
+    from diffusion.device import choose_dtype
+
+    return str(choose_dtype(torch.device(device))).removeprefix("torch.")
+
+
+def _device() -> tuple[str, str]:
+    """The kind of device, and the card's name if there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", ""
+    return "cuda", torch.cuda.get_device_name()
+
+
+def _cuda(device: str) -> list[str]:
+    import torch
+
+    return [f"CUDA {torch.version.cuda}"] if device == "cuda" else []
+
+
+def _slug(card: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", card.lower().removeprefix("nvidia ")).strip("-")
+    return words or "cpu"
+
+
+def _options(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/engine.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--parts",
+        type=_list_of(_one_of(PARTS)),
+        default=list(PARTS),
+        help=f"some of {','.join(PARTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--ways",
+        type=_list_of(_one_of(WAYS)),
+        help=f"some of {','.join(WAYS)} (default: all that suit the device)",
+    )
+    parser.add_argument(
+        "--ours",
+        type=_variant,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE[,…]",
+        help="measure this engine once more, with these environment variables; may be given again",
+    )
+    parser.add_argument(
+        "--model", choices=SIZES, help="default: full on a card, the demo's small one on a CPU"
+    )
+    parser.add_argument(
+        "--size",
+        type=_list_of(_count),
+        help="edges of the squares, in pixels (default: 1024 for full, 64,256 for small)",
+    )
+    parser.add_argument("--steps", type=_count, default=4, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the best the device computes")
+    parser.add_argument(
+        "--rounds", type=_count, default=7, help="timed rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--start-rounds", type=_count, default=3, help="the most of cold starts (default: 3)"
+    )
+    parser.add_argument(
+        "--concurrency", type=_list_of(_count), default=[1, 2, 4, 8, 16], help="default: 1,2,4,8,16"
+    )
+    parser.add_argument(
+        "--overhead-size", type=_count, default=1024, help="of the requests' images (default: 1024)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default: engine-cpu.md or engine-<card>.md in the results"
+    )
+    return parser.parse_args()
+
+
+def _one_of(names: Any) -> Any:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def _variant(text: str) -> str:
+    from settings import RunnerSettings
+
+    known = {str(field.validation_alias) for field in RunnerSettings.model_fields.values()}
+    for one in text.split(","):
+        name, equals, _ = one.partition("=")
+        if not equals or name not in known:
+            raise argparse.ArgumentTypeError(f"{one!r} sets none of {', '.join(sorted(known))}")
+    return text

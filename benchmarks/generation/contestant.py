@@ -1,0 +1,111 @@
+"""A process that makes images one way, seen from outside: started, asked, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Self
+
+from benchmarks.generation.model import Job
+from benchmarks.generation.ways import NotHereError
+from benchmarks.wire.memory import ROOT
+
+LONGEST = 1500.0  # seconds for one answer; autotuning all of SDXL takes a good part of it
+KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "VIRTUAL_ENV")
+KEPT_BEGINNINGS = ("CUDA_", "GOMP_", "NVIDIA_", "OMP_")
+
+
+class Contestant:
+    """From its start to the end of the block. `started` and `ready` are moments of `time.monotonic()`.
+
+    Caches of compiled code begin empty and end with it, so that nobody profits from an earlier one.
+    Raises `NotHereError` when it cannot be had, or ends before it has answered.
+    """
+
+    def __init__(self, way: str, job: Job) -> None:
+        self._way = way
+        self._job = job
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self._caches = tempfile.mkdtemp(prefix="bench-caches-")
+        self.started = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.generation.run_one", way, job.dump()],
+            cwd=ROOT,
+            env=_environment(self._caches),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self.ready = 0.0
+
+    def __enter__(self) -> Self:
+        try:
+            answer = self._answer()
+            if "skipped" in answer:
+                raise NotHereError(answer["skipped"])
+        except BaseException:
+            self._end()
+            raise
+        self.ready = answer["finished"]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
+        """One question, one answer (see `run_one.Answers`)."""
+        assert self._process.stdin is not None  # noqa: S101 - for the type checker
+        with contextlib.suppress(BrokenPipeError):  # then it has ended, and `_answer` finds out why
+            self._process.stdin.write(json.dumps({"ask": question, **arguments}) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None  # noqa: S101
+        # One line for one question, so nothing is ever left in the reader's buffer.
+        readable, _, _ = select.select([self._process.stdout], [], [], LONGEST)
+        if not readable:
+            raise NotHereError(f"no answer within {LONGEST:.0f} seconds")
+        line = self._process.stdout.readline()
+        if not line:
+            raise NotHereError(f"it failed: {self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        self._errors.seek(0)
+        said = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines()]
+        return next(filter(None, reversed(said)), f"exit status {self._process.returncode}")
+
+    def _end(self) -> None:
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        self._process.wait()
+        self._errors.close()
+        shutil.rmtree(self._caches, ignore_errors=True)
+
+
+def _environment(caches: str) -> dict[str, str]:
+    """The same for all, and nothing of the caller's own settings."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or name.startswith(KEPT_BEGINNINGS)
+    }
+    return kept | {
+        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+        "TRITON_CACHE_DIR": f"{caches}/triton",
+        "HF_HUB_OFFLINE": "1",
+    }

@@ -1,0 +1,131 @@
+"""One way in a process of its own: `python -m benchmarks.generation.run_one WAY JOB`.
+
+It says when it is ready, and then answers lines of JSON with lines of JSON until its input ends. What is asked, and in
+which order, is its parent's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
+
+from benchmarks.generation.model import Job
+from benchmarks.generation.ways import WAYS, Generate, Made, NotHereError
+from benchmarks.wire.memory import own, reset_peak
+
+QUALITY = 80  # PNG ignores it
+
+
+class Answers:
+    """What one way answers."""
+
+    def __init__(self, generate: Generate, device: str) -> None:
+        self._generate = generate
+        self._on_card = device == "cuda"
+
+    def one(
+        self,
+        prompt: str,
+        seed: int,
+        size: int,
+        save: str | None = None,
+        encode: list[int] | None = None,
+    ) -> dict[str, Any]:
+        """One image from call to picture. `encode` are edges: what a PNG of the picture at that edge takes is noted."""
+        started = time.perf_counter()
+        made = self._generate(prompt, seed, size)
+        seconds = time.perf_counter() - started
+        finished = time.monotonic()
+        if save is not None:
+            made.image.save(save)
+        return {
+            "seconds": seconds,
+            "finished": finished,
+            "device_seconds": made.device_seconds,
+            "timings": dict(made.timings),
+            "encode": {str(edge): _encoding(made.image, edge) for edge in encode or ()},
+        }
+
+    def many(self, size: int, concurrency: int, images: int, seed: int) -> dict[str, Any]:
+        """As many images by as many callers, each encoded by its caller and dropped.
+
+        A lone caller is this thread, as in `one`: in another, torch has a second team of threads, and on a busy machine
+        libgomp's teams wait in another way as soon as there are two.
+        """
+
+        def make(number: int) -> float:
+            made: Made = self._generate(f"a castle by the sea, number {number}", number, size)
+            _encoded(made.image)
+            return made.device_seconds or 0.0
+
+        with ThreadPoolExecutor(concurrency) as threads:
+            started = time.perf_counter()
+            numbers = range(seed, seed + images)
+            spent = list(threads.map(make, numbers) if concurrency > 1 else map(make, numbers))
+            seconds = time.perf_counter() - started
+        return {"seconds": seconds, "device_seconds": sum(spent)}
+
+    def memory(self) -> dict[str, Any]:
+        """The most there was since the last time somebody asked, in bytes."""
+        found: dict[str, Any] = {"host": own("VmHWM")}
+        reset_peak()
+        if self._on_card:
+            import torch
+
+            found["card"] = torch.cuda.max_memory_reserved()
+            found["card_now"] = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        return found
+
+
+def _encoding(image: Any, edge: int) -> float:
+    from PIL import Image
+
+    if image.width != edge:
+        image = image.resize((edge, edge), Image.Resampling.LANCZOS)
+    started = time.perf_counter()
+    _encoded(image)
+    return time.perf_counter() - started
+
+
+def _encoded(image: Any) -> None:
+    from images.encode import encode
+
+    encode(image, "png", QUALITY, {})
+
+
+def main() -> None:
+    name, job_text = sys.argv[1:]
+    job = Job.load(job_text)
+    # Libraries print what they like; the lines of JSON keep a way out of their own.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    try:
+        generate = WAYS[name].prepare(job)
+    except (ImportError, NotHereError) as reason:
+        _say(answers, skipped=str(reason))
+        return
+    answering = Answers(generate, job.device)
+    _say(answers, finished=time.monotonic())
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer: Callable[..., dict[str, Any]] = getattr(answering, asked.pop("ask"))
+        _say(answers, **answer(**asked))
+    os._exit(0)  # nobody waits for gigabytes to be given back one object at a time
+
+
+def _say(answers: IO[str], **fields: Any) -> None:
+    print(json.dumps(fields), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
