@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generation import overhead, rounds, start
+from benchmarks.generation import overhead, rounds, start, switching
 from benchmarks.generation.model import Job, write_model
 from benchmarks.generation.report import write
 from benchmarks.generation.rounds import Contest
@@ -27,7 +27,7 @@ from benchmarks.wire.measure import progress
 from benchmarks.wire.memory import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-PARTS = ("single", "throughput", "overhead", "start")
+PARTS = ("single", "throughput", "overhead", "start", "switching")
 PACKAGES = (
     "torch",
     "triton",
@@ -77,6 +77,18 @@ def _run(
     options: argparse.Namespace, settings: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every part's name and what was measured, as it is done."""
+    if {"single", "throughput", "start"} & set(options.parts):
+        yield from _run_contest(options, settings)
+    if "overhead" in options.parts:
+        yield "overhead", overhead.run(options.overhead_size, options.rounds)
+    if "switching" in options.parts:
+        yield "switching", switching.run()
+
+
+def _run_contest(
+    options: argparse.Namespace, settings: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The parts that all ways take part in."""
     sizes = settings["sizes"]
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         job = Job(
@@ -90,25 +102,22 @@ def _run(
         contest = contest_of(job, options.ways, options.ours)
         progress(f"writing a {job.kind} SDXL …")
         model_bytes = write_model(job)
-        names = {"names": {name: _name(contest, name) for name in contest.jobs}}
-        named = {**names, "ways": dict(contest.ways), "bytes": model_bytes}
+        names = {name: _name(contest, name) for name in contest.jobs}
+        named = {"names": names, "ways": dict(contest.ways), "bytes": model_bytes}
         if {"single", "throughput"} & set(options.parts):
             with rounds.ready(contest, sizes) as found:
                 if "single" in options.parts:
                     one = rounds.single(contest, found, sizes, options.rounds, Path(place))
                     yield "single", named | one
                 if "throughput" in options.parts:
-                    load = os.getloadavg()[0]
                     many = rounds.throughput(
                         contest, found, sizes, options.rounds, options.concurrency
                     )
-                    yield "throughput", named | many | {"load": load}
+                    yield "throughput", named | many
         if "start" in options.parts:
             count = min(options.rounds, options.start_rounds)
             started = start.run(contest, max(sizes), count, model_bytes)
             yield "start", named | started | {"rounds": count}
-    if "overhead" in options.parts:
-        yield "overhead", overhead.run(options.overhead_size, options.rounds)
 
 
 def contest_of(job: Job, names: list[str] | None, variants: list[str]) -> Contest:
@@ -134,6 +143,7 @@ def _settings(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "dtype": options.dtype or _best_dtype(device),
         "sizes": options.size or SIZES[model],
         "steps": options.steps,
+        "load": os.getloadavg()[0],  # before anything of ours runs
     }
 
 

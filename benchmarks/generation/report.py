@@ -66,7 +66,8 @@ def write(parts: Mapping[str, Part], output: Path, data_name: str) -> list[Path]
     if "start" in parts:
         sections.append(_start_section(parts["start"]))
     lines = [f"- {name}: {reason}." for name, reason in NOT_MEASURED.items()]
-    lines.append("- Switching between two models: this engine serves one.")
+    if "switching" in parts:
+        lines.append(f"- Switching between two models: {parts['switching']['skipped']}.")
     sections.append("\n".join(["## Not measured", "", *lines, ""]))
     output.write_text("\n".join(sections))
     return written
@@ -88,6 +89,7 @@ def _settings(part: Part) -> str:
     return (
         f"{part['date']}, {part['machine']}; {part['versions']}.\n"
         f"{model}, {part['dtype']}, {part['steps']} steps, rounds: {part['rounds']}. `{part['command']}`\n"
+        f"What else ran on the machine when this began had a load of {part['load']:.1f}.\n"
     )
 
 
@@ -202,6 +204,7 @@ def _overhead_section(part: Part) -> str:
     settings = (
         f"{part['date']}, {part['machine']}; {part['versions']}.\n"
         f"Requests: {part['rounds']}. `{part['command']}`\n"
+        f"What else ran on the machine when this began had a load of {part['load']:.1f}.\n"
     )
     lines += [settings, OVERHEAD.format(size=part["size"]), ""]
     lines += _head(["milliseconds", "median", "min to max"])

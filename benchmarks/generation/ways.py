@@ -132,7 +132,7 @@ WAYS: dict[str, Way] = {
 
 # What was looked at and is not among them (November 2026, beside torch 2.13 and diffusers 0.42).
 NOT_MEASURED = {
-    "stable-fast 1.0": "publishes no wheel, and does not build against this torch",
+    "stable-fast 1.0": "has no wheel on PyPI, and its source does not build where pip builds, without torch in sight",
     "OneDiff 1.2": "its compilers are OneFlow and Nexfort 0.1, whose wheel wants torch 2.5.1",
     "optimum-intel 2.2": (
         "replaces transformers by 5.5 and huggingface_hub by 1.21. What it runs is OpenVINO, which is measured"
@@ -141,7 +141,7 @@ NOT_MEASURED = {
         "servers of their own, which bring torch 2.14.1 and an older transformers: nothing of theirs can run in the "
         "same environment"
     ),
-    "Torch-TensorRT": "its package on PyPI does not install without NVIDIA's own index",
+    "Torch-TensorRT": "its package on PyPI asks for an NVIDIA driver before it lets itself be installed",
     "Intel Extension for PyTorch 2.8": "is for torch 2.8, and was not continued",
     "xFuser 0.7": "spreads one image over several cards, and there is one",
     "Cache-DiT 1.5, ParaAttention 0.3": "are for transformers, and SDXL's denoiser is a UNet",
