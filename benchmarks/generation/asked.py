@@ -20,6 +20,7 @@ LEAST_PSNR = 35.0
 LEAST_GAIN_OF_EIGHT = 1.3
 MOST_IDLE = 0.1
 MOST_OVERHEAD_MILLISECONDS = 150.0
+MOST_SECONDS_TO_SWITCH = 1.0  # on a card
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ def asked(parts: Mapping[str, Part]) -> Iterator[Line]:
             f"at most {MOST_OVERHEAD_MILLISECONDS:.0f} ms",
             f"{milliseconds:.0f} ms",
             milliseconds <= MOST_OVERHEAD_MILLISECONDS,
+        )
+    if found := parts.get("switching", {}).get("found"):
+        same, other = (statistics.median(found[kind]) for kind in ("same", "other"))
+        yield Line(
+            "switching between two models",
+            f"at most {MOST_SECONDS_TO_SWITCH:.0f} s, on a card",
+            f"{other - same:.3f} s",
+            other - same <= MOST_SECONDS_TO_SWITCH,
         )
 
 

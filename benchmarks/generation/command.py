@@ -77,12 +77,10 @@ def _run(
     options: argparse.Namespace, settings: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every part's name and what was measured, as it is done."""
-    if {"single", "throughput", "start"} & set(options.parts):
+    if set(options.parts) != {"overhead"}:
         yield from _run_contest(options, settings)
     if "overhead" in options.parts:
         yield "overhead", overhead.run(options.overhead_size, options.rounds)
-    if "switching" in options.parts:
-        yield "switching", switching.run()
 
 
 def _run_contest(
@@ -118,6 +116,11 @@ def _run_contest(
             count = min(options.rounds, options.start_rounds)
             started = start.run(contest, max(sizes), count, model_bytes)
             yield "start", named | started | {"rounds": count}
+        if "switching" in options.parts:
+            yield (
+                "switching",
+                {"bytes": model_bytes} | switching.run(job, max(sizes), options.rounds),
+            )
 
 
 def contest_of(job: Job, names: list[str] | None, variants: list[str]) -> Contest:

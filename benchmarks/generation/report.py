@@ -46,6 +46,10 @@ OVERHEAD = (
     "the seconds from sending it to its URL, less those of prompt, denoising and decoding that the answer states. "
     "The image is a PNG of {size}x{size} from the small model; server, S3 and caller share the cores."
 )
+SWITCHING = (
+    "One engine with two models of {megabytes} MB each, images of {size}x{size}, one request at a time: two for one "
+    "model, two for the other, and so on. The second of each two finds its model in place."
+)
 
 
 def write(parts: Mapping[str, Part], output: Path, data_name: str) -> list[Path]:
@@ -65,9 +69,9 @@ def write(parts: Mapping[str, Part], output: Path, data_name: str) -> list[Path]
         sections.append(_overhead_section(parts["overhead"]))
     if "start" in parts:
         sections.append(_start_section(parts["start"]))
-    lines = [f"- {name}: {reason}." for name, reason in NOT_MEASURED.items()]
     if "switching" in parts:
-        lines.append(f"- Switching between two models: {parts['switching']['skipped']}.")
+        sections.append(_switching_section(parts["switching"]))
+    lines = [f"- {name}: {reason}." for name, reason in NOT_MEASURED.items()]
     sections.append("\n".join(["## Not measured", "", *lines, ""]))
     output.write_text("\n".join(sections))
     return written
@@ -238,6 +242,19 @@ def _start_section(part: Part) -> str:
         cells += [f"{min(images):.2f} to {max(images):.2f}"]
         lines.append(_row([*cells, f"{image / stock:.2f}" if stock else ""]))
     return "\n".join([*lines, "", *_skipped(part)])
+
+
+def _switching_section(part: Part) -> str:
+    lines = ["## Switching between two models", ""]
+    if "skipped" in part:
+        return "\n".join([*lines, f"Could not run: {part['skipped']}.", ""])
+    lines += [_settings(part), SWITCHING.format(**part, megabytes=_megabytes(part["bytes"])), ""]
+    lines += _head(["request", "seconds", "min to max"])
+    for kind, name in (("same", "for the model used last"), ("other", "for the other model")):
+        seconds = part["found"][kind]
+        median = statistics.median(seconds)
+        lines.append(_row([name, f"{median:.3f}", f"{min(seconds):.3f} to {max(seconds):.3f}"]))
+    return "\n".join([*lines, ""])
 
 
 def _skipped(part: Part) -> list[str]:

@@ -63,6 +63,7 @@ def ready(contest: Contest, sizes: Sequence[int]) -> Iterator[Field]:
             for size in sizes:
                 for number in range(WARM_UPS):
                     found.ask(name, "one", prompt=f"warm-up {number}", seed=number, size=size)
+            found.ask(name, "settle")
             progress(f"{name}: ready and warm")
         yield found
 

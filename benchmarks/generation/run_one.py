@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 from benchmarks.generation.model import Job
-from benchmarks.generation.ways import WAYS, Generate, Made, NotHereError
+from benchmarks.generation.ways import WAYS, Generate, Made, NotHereError, Ours
 from benchmarks.wire.memory import own, reset_peak
 
 QUALITY = 80  # PNG ignores it
@@ -71,6 +71,28 @@ class Answers:
             spent = list(threads.map(make, numbers) if concurrency > 1 else map(make, numbers))
             seconds = time.perf_counter() - started
         return {"seconds": seconds, "device_seconds": sum(spent)}
+
+    def settle(self) -> dict[str, Any]:
+        """Return once it does nothing but wait for requests."""
+        if isinstance(self._generate, Ours):
+            self._generate.settle()
+        return {}
+
+    def switch(self, size: int, rounds: int) -> dict[str, Any]:
+        """Seconds of a request for the model that was used last, and of one for another, taken in turns."""
+        assert isinstance(self._generate, Ours)  # noqa: S101 - its parent asks no other
+        other = "another"
+        self._generate.add_second_model(other)
+        found: dict[str, list[float]] = {"same": [], "other": []}
+        for number in range(2 * (rounds + 1)):
+            for kind in ("other", "same"):
+                started = time.perf_counter()
+                # Even turns go to the second model, odd ones back to the first.
+                model = None if number % 2 else other
+                self._generate(f"a harbour, {kind} {number}", number, size, model)
+                if number > 1:
+                    found[kind].append(time.perf_counter() - started)
+        return found
 
     def memory(self) -> dict[str, Any]:
         """The most there was since the last time somebody asked, in bytes."""

@@ -1,18 +1,23 @@
-"""Seconds from a request for one model to a request for another, in an engine that serves several.
-
-The engine this was written with serves one, and a request cannot name another: then there is nothing to measure.
-"""
+"""What it takes an engine that serves two models to turn from one to the other: requests for both, in turns."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
+from benchmarks.generation.contestant import Contestant
+from benchmarks.generation.model import Job
+from benchmarks.generation.ways import OURS, NotHereError
+from benchmarks.wire.measure import progress
 
-def run() -> dict[str, Any]:
-    """Why there are no seconds."""
-    from diffusion.request import GenerationRequest
 
-    if "model" not in {field.name for field in fields(GenerationRequest)}:
-        return {"skipped": "a request cannot name a model: this engine serves one"}
-    return {"skipped": "this engine serves several, and this program does not ask it for them yet"}
+def run(job: Job, size: int, rounds: int) -> dict[str, Any]:
+    """Seconds of requests for the same model as before and for the other; the first turns are not counted."""
+    try:
+        with Contestant(OURS, job) as ours:
+            ours.ask("one", prompt="warm-up", seed=0, size=size)
+            ours.ask("settle")
+            found = ours.ask("switch", size=size, rounds=rounds)
+    except NotHereError as reason:
+        progress(f"[switching] skipped, {reason}")
+        return {"skipped": str(reason)}
+    return {"size": size, "found": found}

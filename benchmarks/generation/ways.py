@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.generation.model import MODEL_PATH, Job
@@ -38,7 +39,6 @@ Generate = Callable[[str, int, int], Made]
 
 def ours(job: Job) -> Generate:
     """As the container does it: `loading.load` with the environment's settings, and what nobody sets left alone."""
-    from diffusion.request import GenerationRequest
     from loading import load
     from settings import load_runner_settings
     from weights.waterfall import ColdStart
@@ -51,15 +51,40 @@ def ours(job: Job) -> Generate:
         "DTYPE": job.dtype,
     }
     settings = load_runner_settings(environment | dict(job.settings))
-    engine = load(settings, ColdStart(), meanwhile=lambda: None)
+    return Ours(load(settings, ColdStart(), meanwhile=lambda: None), job)
 
-    def generate(prompt: str, seed: int, size: int) -> Made:
-        request = GenerationRequest(prompt=prompt, width=size, height=size, seed=seed)
-        (made,) = engine.generate(request)
+
+class Ours:
+    """This engine as a `Generate`, with what only it can do."""
+
+    def __init__(self, engine: Any, job: Job) -> None:
+        self._engine = engine
+        self._job = job
+
+    def __call__(self, prompt: str, seed: int, size: int, model: str | None = None) -> Made:
+        from diffusion.request import GenerationRequest
+
+        request = GenerationRequest(prompt=prompt, width=size, height=size, seed=seed, model=model)
+        (made,) = self._engine.generate(request)
         stages = sum(made.timings[stage] for stage in ("prompt", "denoise", "decode"))
         return Made(made.image, stages, made.timings)
 
-    return generate
+    def settle(self) -> None:
+        """Wait for what it makes ready beside requests, which would fall into other ways' measurements."""
+        for done in self._engine.getting_ready:
+            done.exception()
+
+    def add_second_model(self, name: str) -> None:
+        """Have it serve the same weights under another name too."""
+        from diffusion.recipe import Recipe
+        from diffusion.refresh import stage
+        from weights import ReadOptions, open_model
+
+        options = ReadOptions(folder=Path(self._job.folder))
+        with open_model(None, MODEL_PATH, None, options=options) as stream:
+            recipe = Recipe.model_validate(stream.recipe)
+            staged = stage(stream.configs(), stream.tensors(), recipe, stream.version)
+        self._engine.add_model(name, staged)
 
 
 def eager(job: Job) -> Generate:

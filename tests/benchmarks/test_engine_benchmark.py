@@ -43,7 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("results") / "engine.md"
     finished = run(
         output,
-        *("--parts", "single,throughput", "--ways", "ours,eager,torchao"),
+        *("--parts", "single,throughput,switching", "--ways", "ours,eager,torchao"),
         *("--model", "small", "--size", "64", "--steps", "1", "--rounds", "1"),
         *("--dtype", "float32", "--concurrency", ",".join(CONCURRENCY)),
     )
@@ -82,6 +82,14 @@ def test_every_concurrency_has_its_row_and_its_bar(page: Path) -> None:
     chart = page.with_suffix(".svg").read_text()
     for concurrency in CONCURRENCY:
         assert f"this engine, {concurrency} at once" in chart
+
+
+@pytest.mark.slow
+def test_switching_is_measured_beside_staying(page: Path) -> None:
+    table = rows(page.read_text(), "Switching between two models")
+
+    for request in ("for the model used last", "for the other model"):
+        assert float(named(table, request)[0][1]) > 0
 
 
 def test_a_setting_that_this_product_does_not_have_is_refused(tmp_path: Path) -> None:
