@@ -41,6 +41,10 @@ class Company:
         """How many images can share a pass."""
         return self._most
 
+    def limit(self, most: int) -> None:
+        """Let no more than so many share a pass from now on, and at least one."""
+        self._most = max(1, min(self._most, most))
+
     def predict(
         self, predict: Predict, inputs: Sequence[Batch], shape: tuple[object, ...], rows: int
     ) -> list[torch.Tensor]:

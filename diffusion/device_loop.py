@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -23,13 +23,13 @@ from diffusion.company import Company
 from diffusion.decoding import Decoded, decode
 from diffusion.denoising import Denoising, predictions
 from diffusion.device import ran_out_of_memory
-from diffusion.errors import BusyError, OutOfMemoryError
+from diffusion.errors import BusyError, DeviceError, OutOfMemoryError
 from diffusion.graphs import Graphs
 from diffusion.line import Job, Line
 from diffusion.model import Model
 from diffusion.request import Plan
 from diffusion.shelf import Shelf
-from diffusion.under_way import UnderWay, Wish
+from diffusion.under_way import GeneratedImage, UnderWay, Wish
 from diffusion.watching import Watching
 
 logger = logging.getLogger(__name__)
@@ -55,13 +55,20 @@ class DeviceLoop:
 
     Args:
         company_seconds: how long the first of the line waits for others to share its passes.
+        weights_changed: called when models have taken turns, before the next pass.
     """
 
-    def __init__(self, model: Model, company: Company, company_seconds: float) -> None:
+    def __init__(
+        self,
+        model: Model,
+        company: Company,
+        company_seconds: float,
+        weights_changed: Callable[[], None],
+    ) -> None:
         self.models = {model.name: model}
         self.default = model.name
         # Whose weights lie on the device.
-        self.shelf = Shelf(model)
+        self.shelf = Shelf(model, weights_changed)
         self._device = model.device
         self._clock = Clock(model.device)
         self._company = company
@@ -78,7 +85,8 @@ class DeviceLoop:
         self._stopped = False
         self._thread: threading.Thread | None = None
         self._steps: deque[Mark] = deque()
-        self._pictures = ThreadPoolExecutor(1, "pictures") if self._device.type == "cuda" else None
+        # Waits for a card's results; as long as the thread that uses the card.
+        self._pictures: ThreadPoolExecutor | None = None
 
     @property
     def pausing(self) -> bool:
@@ -101,7 +109,8 @@ class DeviceLoop:
 
     def record(self, plan: Plan, together: int = 1) -> None:
         """A chore: have a graph ready for `together` images of a plan's size, and the decoder's kernels chosen."""
-        model = self.models[self.shelf.loaded]
+        model = self.models.get(self.shelf.loaded) or self.models[self.default]
+        self.shelf.bring(model.name)
         embeddings = model.prompts.encode(plan)
         images = [
             Denoising(
@@ -122,7 +131,7 @@ class DeviceLoop:
     def cancel(self, job: Job[Wish]) -> None:
         """Have a job leave after the step it is in."""
         with self._changed:
-            job.cancelled.set()
+            job.gone = True
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -169,6 +178,7 @@ class DeviceLoop:
     # What the thread does
 
     def _run(self) -> None:
+        failure: str | None = None
         try:
             with torch.inference_mode():
                 while (newcomers := self._await_work()) is not None:
@@ -180,17 +190,37 @@ class DeviceLoop:
                     self._keep_pace()
                     self._take_steps()
                     self._decode_those_done()
-        finally:
-            with self._changed:
-                # Nobody may wait for a thread that is gone; the next job begins another.
-                self._thread = None
-                for job in self._begun.union(self._line):
-                    job.drop()
-                for _, done in self._chores:
-                    done.cancel()
-                self._chores.clear()
-            if self._pictures is not None:
-                self._pictures.shutdown(wait=False)
+        except Exception as error:
+            logger.exception("the device %s failed", self._device)
+            failure = _first_line(error)
+        self._end(failure)
+
+    def _end(self, failure: str | None) -> None:
+        """Nobody may wait for a thread that is gone: all that is open ends with it. The next job begins another one."""
+        with self._changed:
+            jobs = self._begun.union(self._line)
+            chores = list(self._chores)
+            self._line.keep(lambda _: False)
+            self._images, self._begun, self._at_a_chore = [], set(), False
+            self._chores.clear()
+            self._steps.clear()
+            self._thread = None
+            pictures, self._pictures = self._pictures, None
+            self._changed.notify_all()
+        for job in jobs:
+            if failure is None:
+                job.drop()
+            else:
+                job.fail(
+                    DeviceError(
+                        f"The device {self._device} failed ({failure}). Try again; if it goes on failing, start the "
+                        "server anew, on another card if there is one."
+                    )
+                )
+        for _, done in chores:
+            done.cancel()
+        if pictures is not None:
+            pictures.shutdown(wait=False)
 
     def _await_work(self) -> list[tuple[Job[Wish], int]] | None:
         """Wait until there is something to do; returns whose turn it is now. None is the end.
@@ -201,50 +231,51 @@ class DeviceLoop:
             while not self._stopped:
                 self._let_leave()
                 room = self._company.most - len(self._images)
-                joining = self._images[0].job.group if self._images else None
                 wait = 0.0
-                if not self._images and not self._pausing:
-                    wait = self._line.seconds_for_company(room, self._company_seconds)
-                if wait == 0.0:
-                    newcomers = self._take(room, joining)
-                    self._begun.update(job for job, _ in newcomers)
-                    if newcomers or self._images:
-                        return newcomers
-                    if self._chores and not self._pausing:
-                        self._at_a_chore = True
-                        return []
+                if self._images:
+                    newcomers = self._line.take(room, self._images[0].job.group, self._may_begin)
+                else:
+                    eligible = self._whose_turn()
+                    if not self._pausing:
+                        wait = self._line.seconds_for_company(room, self._company_seconds, eligible)
+                    newcomers = [] if wait else self._line.take(room, eligible=eligible)
+                self._begun.update(job for job, _ in newcomers)
+                if newcomers or self._images:
+                    return newcomers
+                if self._chores and not self._pausing and not wait:
+                    self._at_a_chore = True
+                    return []
                 self._changed.wait(wait or None)
             return None
 
     def _do_a_chore(self) -> None:
         chore, done = self._chores.popleft()
+        failure: str | None = None
         try:
             chore()
         except Exception as error:  # noqa: BLE001 - whoever wanted it done is told
-            done.set_exception(error)
-        else:
+            failure = f"{type(error).__name__}: {_first_line(error)}"
+        # Not the error itself, whose frames would keep what it had on the device for as long as anybody keeps it.
+        if failure is None:
             done.set_result(None)
+        else:
+            self._free()
+            done.set_exception(RuntimeError(failure))
         with self._changed:
             self._at_a_chore = False
             self._changed.notify_all()
 
-    def _take(self, room: int, joining: Hashable | None) -> list[tuple[Job[Wish], int]]:
-        """Whose turn it is. Between models, those of the one on the device go first while that is bearable."""
-        first = next(filter(self._may_begin, self._line), None)
-        if first is None:
-            return []
-        if joining is None and first.detail.model.name != self.shelf.loaded:
-            bearable = max(SHORTEST_TURN, SWITCHES_IN_A_TURN * self.shelf.seconds)
-            if time.perf_counter() - first.asked < bearable:
-                stay = self._line.take(
-                    room,
-                    eligible=lambda job: (
-                        self._may_begin(job) and job.detail.model.name == self.shelf.loaded
-                    ),
-                )
-                if stay:
-                    return stay
-        return self._line.take(room, joining, self._may_begin)
+    def _whose_turn(self) -> Callable[[Job[Wish]], bool]:
+        """Who may be taken next: everybody, or while its turn lasts those of the model that is on the device."""
+        turn = max(SHORTEST_TURN, SWITCHES_IN_A_TURN * self.shelf.seconds)
+        if self.shelf.shared and time.perf_counter() - self.shelf.since < turn:
+
+            def stays(job: Job[Wish]) -> bool:
+                return self._may_begin(job) and job.detail.model.name == self.shelf.loaded
+
+            if any(map(stays, self._line)):
+                return stays
+        return self._may_begin
 
     def _may_begin(self, job: Job[Wish]) -> bool:
         return not self._pausing or job in self._begun
@@ -335,8 +366,10 @@ class DeviceLoop:
         )
         if found is None:
             # Company takes memory too, and whoever fails must not take others along: each tries alone.
-            for image in images if len(images) > 1 else ():
-                self._take_step([image])
+            if len(images) > 1:
+                self._company.limit(len(images) // 2)
+                for image in images:
+                    self._take_step([image])
             return
         for image, prediction in zip(images, found, strict=True):
             self._attempt(partial(image.denoising.advance, prediction), image.job)
@@ -359,16 +392,21 @@ class DeviceLoop:
             ended = image.spent.add("decode", begun, self._clock.mark())
             with self._changed:
                 self._images.remove(image)
-            if self._pictures is None:
+            if self._device.type != "cuda":
                 self._hand_out(image, decoded, ended)
             else:
+                self._pictures = self._pictures or ThreadPoolExecutor(1, "pictures")
                 self._pictures.submit(self._hand_out, image, decoded, ended)
 
     def _hand_out(self, image: UnderWay, decoded: Decoded, ended: Mark) -> None:
         """Make a picture of what the device has made, once it has; on a card, on a thread beside the device's."""
-        self._clock.wait(ended)
         job = image.job
-        made = self._attempt(partial(image.picture, decoded), job)
+
+        def picture() -> GeneratedImage:
+            self._clock.wait(ended)
+            return image.picture(decoded)
+
+        made = self._attempt(picture, job)
         if made is None:
             return
         job.asked = time.perf_counter()
@@ -387,14 +425,18 @@ class DeviceLoop:
             return work()
         except Exception as error:  # noqa: BLE001 - it is its caller's, and is raised there
             if isinstance(error, RuntimeError) and ran_out_of_memory(error):
-                full = str(error).partition("\n")[0]
+                full = _first_line(error)
             else:
                 failure = error
         # Only here, with the exception gone, are its frames and their tensors gone too, and their memory to be had.
-        if full is not None and self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        if full is not None:
+            self._free()
         try:
-            if job is not None:
+            if job is None:
+                logger.warning(
+                    "a pass of several images failed, and each tries alone: %s", full or failure
+                )
+            else:
                 if full is not None:
                     plan = job.detail.plan
                     failure = OutOfMemoryError(
@@ -415,3 +457,11 @@ class DeviceLoop:
                 self._begun.discard(job)
             self._changed.notify_all()
         job.fail(failure)
+
+    def _free(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

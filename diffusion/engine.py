@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from threading import Event
@@ -26,7 +26,7 @@ from diffusion.model import Model
 from diffusion.recipe import Recipe
 from diffusion.refresh import Staged, one_refresh_at_a_time, take_over
 from diffusion.request import GenerationRequest, Plan
-from diffusion.shelf import Shelf
+from diffusion.shelf import OnShelf, Shelf
 from diffusion.sizes import ASPECT_RATIOS, size_for
 from diffusion.speed import Speed
 from diffusion.under_way import GeneratedImage, Wish
@@ -95,7 +95,9 @@ class Engine:
         self._getting_ready: list[Future[None]] = []
         self._speed = Speed(self._device, float8=float8, compiling=compiling)
         self._speed.prepare(model.denoiser, pipeline.vae)
-        self._loop = DeviceLoop(model, Company(most, exact=on_cpu), batch_seconds)
+        self._loop = DeviceLoop(
+            model, Company(most, exact=on_cpu), batch_seconds, self._weights_changed(model)
+        )
         weakref.finalize(self, self._loop.stop)
 
     @property
@@ -202,18 +204,28 @@ class Engine:
         finally:
             generation.cancel()
 
+    def _serve(self, model: Model) -> None:
+        """From now on, in the place of the only one there is."""
+        self._loop.models[model.name] = model
+        self._loop.shelf = Shelf(model, self._weights_changed(model))
+        self._speed.prepare(model.denoiser, model.pipeline.vae)
+
+    def _weights_changed(self, model: Model) -> Callable[[], None]:
+        return partial(self._speed.prepare, model.denoiser, model.pipeline.vae)
+
     def add_model(self, name: str, staged: Staged) -> None:
         """Serve another model too, in turns with those that are there, from host memory.
 
         Raises `ModelError` when its parts are not built like theirs.
         """
-        with one_refresh_at_a_time, self._loop.paused(patience=600.0):
-            self._put_on_shelf(name, staged)
+        with one_refresh_at_a_time:
+            held = self._loop.shelf.hold(name, staged)
+            with self._loop.paused(patience=600.0):
+                self._put(held)
 
-    def _put_on_shelf(self, name: str, staged: Staged) -> None:
-        model = self._loop.shelf.add(name, staged)
-        self._loop.models[name] = model
-        self._speed.prepare(model.denoiser, model.pipeline.vae)
+    def _put(self, held: OnShelf) -> None:
+        self._loop.shelf.put(held)
+        self._loop.models[held.model.name] = held.model
 
     def replace(self, staged: Staged, *, name: str | None = None, patience: float = 600.0) -> float:
         """Serve another version from now on; returns the seconds for which new requests had to wait.
@@ -229,18 +241,18 @@ class Engine:
         then goes on serving.
         """
         with one_refresh_at_a_time:
+            old = self._model(name)
+            # All that can be done beside the requests is.
+            shared = self._loop.shelf.shared
+            held = self._loop.shelf.hold(old.name, staged) if shared else None
             closed = time.perf_counter()
             with self._loop.paused(patience):
                 begun = time.perf_counter()
-                old = self._model(name)
-                if self._loop.shelf.shared:
-                    self._put_on_shelf(old.name, staged)
+                if held is not None:
+                    self._put(held)
                 else:
                     take_over(staged, old.pipeline, device=self._device, dtype=self._dtype)
-                    model = Model(staged.pipeline, staged.recipe, staged.version, old.name)
-                    self._speed.prepare(model.denoiser, model.pipeline.vae)
-                    self._loop.models[old.name] = model
-                    self._loop.shelf = Shelf(model)
+                    self._serve(Model(staged.pipeline, staged.recipe, staged.version, old.name))
                 done = time.perf_counter()
         logger.info(
             "Version %s took over from %s in %.2f s, after %.2f s for the requests under way.",

@@ -22,7 +22,8 @@ class Job(Generic[Detail]):
     """One request on its way, with a future for each of its images.
 
     `begun` counts the images that were taken out of the line, `open` those that have no outcome yet. `asked` is when
-    it began to wait for its next image. `detail` is what it is about.
+    it began to wait for its next image. `detail` is what it is about. Its caller has gone when `cancelled`, which is
+    the caller's own, is set, or `gone`.
     """
 
     group: Hashable
@@ -31,6 +32,7 @@ class Job(Generic[Detail]):
     detail: Detail
     asked: float = field(default_factory=time.perf_counter)
     begun: int = 0
+    gone: bool = False
 
     @property
     def open(self) -> int:
@@ -39,7 +41,9 @@ class Job(Generic[Detail]):
     @property
     def left(self) -> bool:
         """Whether its caller has gone, by a word or by letting go of a future."""
-        return self.cancelled.is_set() or any(image.cancelled() for image in self.images)
+        return (
+            self.gone or self.cancelled.is_set() or any(image.cancelled() for image in self.images)
+        )
 
     def settle(self, index: int, outcome: Any) -> None:
         """Give image `index` its outcome, unless it was cancelled or failed meanwhile."""
@@ -115,11 +119,16 @@ class Line(Generic[Detail]):
                 return None
         return None
 
-    def seconds_for_company(self, room: int, patience: float) -> float:
-        """How long the first of the line may still wait for others of its group to fill the `room` there is."""
-        if not self._jobs:
+    def seconds_for_company(
+        self,
+        room: int,
+        patience: float,
+        eligible: Callable[[Job[Detail]], bool] = lambda _: True,
+    ) -> float:
+        """How long the first whose turn it is may still wait for others of its group to fill the `room` there is."""
+        first = next(filter(eligible, self._jobs), None)
+        if first is None:
             return 0.0
-        first = self._jobs[0]
         there = sum(len(job.images) - job.begun for job in self._jobs if job.group == first.group)
         if there >= room:
             return 0.0

@@ -5,8 +5,10 @@ so that switching costs a copy, and compiled code and CUDA graphs stay valid. Wh
 text encoders, is held once and not copied.
 """
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +19,42 @@ from diffusion.landing import slots
 from diffusion.model import Model
 from diffusion.refresh import Staged, same_config
 
+logger = logging.getLogger(__name__)
+
 Tensors = dict[str, torch.Tensor]
+
+# torch's own allocator's; tensors begin at its multiples.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class OnShelf:
+    """A model as it waits in host memory."""
+
+    model: Model
+    tensors: Tensors
 
 
 class Shelf:
-    """Begins with the model that lies on the device. One thread at a time may use it.
+    """Begins with the model that lies on the device. One thread at a time may use it, but for `hold`.
 
-    `loaded` names the model on the device; `seconds` is what the last switch took.
+    `loaded` names the model on the device, and is empty where a switch has failed; `seconds` is what the last switch
+    took, and `since` when it was (`time.perf_counter`).
+
+    Args:
+        changed: called when the device's weights are other ones, on the thread that made them so.
     """
 
-    def __init__(self, first: Model) -> None:
+    def __init__(self, first: Model, changed: Callable[[], None]) -> None:
         self.loaded = first.name
         self.seconds = 0.0
-        self._device = first.device
-        self._first = first
+        self.since = time.perf_counter()
+        self._changed = changed
+        self._device, self._dtype = first.device, first.dtype
+        self._name = first.name
+        self._modules = {
+            part: getattr(first.pipeline, part) for part in first.recipe.architecture.modules
+        }
         # Where everything lies on the device; never another place. And what was copied there.
         self._places = dict(_named_tensors(first))
         self._there: Tensors = {}
@@ -41,27 +65,30 @@ class Shelf:
         """Whether there is more than one model."""
         return len(self._waiting) > 1
 
-    def add(self, name: str, staged: Staged) -> Model:
-        """Put a model on the shelf, or another version in its place; if it is the one on the device, it goes there too.
+    def hold(self, name: str, staged: Staged) -> OnShelf:
+        """Bring a model into the host memory that it will wait in, for `put`. The one on the device goes on meanwhile.
 
         Raises `ModelError` when its parts are not built like the first model's, whose modules it is to use.
         """
         self._check(name, staged)
         if not self._waiting:
             # Alone, the first one needed no copy.
-            self._there = {key: self._held(key, tensor) for key, tensor in self._places.items()}
+            self._there = self._held(self._places)
             self._waiting[self.loaded] = self._there.copy()
         model = Model(staged.pipeline, staged.recipe, staged.version, name)
-        self._waiting[name] = {
-            key: self._held(key, tensor) for key, tensor in _named_tensors(model)
-        }
-        for part in self._first.recipe.architecture.modules:
-            setattr(model.pipeline, part, getattr(self._first.pipeline, part))
+        tensors = self._held(dict(_named_tensors(model)))
+        for part, module in self._modules.items():
+            setattr(model.pipeline, part, module)
         if (tiny := model.pipeline.preview_vae) is not None:
-            tiny.to(self._device, self._first.dtype)  # so small that each keeps its own there
+            tiny.to(self._device, self._dtype)  # so small that each keeps its own there
+        return OnShelf(model, tensors)
+
+    def put(self, held: OnShelf) -> None:
+        """Let it take its turns; in the place of another version, also on the device, where there is one."""
+        name = held.model.name
+        self._waiting[name] = held.tensors
         if name == self.loaded:
             self._copy(name)
-        return model
 
     def bring(self, name: str) -> None:
         """Have the model `name` on the device; `seconds` is then what that took, if it was not there."""
@@ -69,48 +96,87 @@ class Shelf:
             return
         begun = time.perf_counter()
         self._copy(name)
-        self.loaded = name
-        self.seconds = time.perf_counter() - begun
+        self.since = time.perf_counter()
+        self.seconds = self.since - begun
 
     def _copy(self, name: str) -> None:
+        # Until all of it is there it is nobody's: what fails halfway must not pass for the one before.
+        self.loaded = ""
         with torch.no_grad():
             for key, tensor in self._waiting[name].items():
-                if self._there.pop(key, None) is not tensor:
+                if self._there.get(key) is not tensor:
+                    self._there.pop(key, None)
                     self._places[key].copy_(tensor, non_blocking=True)
-                self._there[key] = tensor
+                    self._there[key] = tensor
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self._changed()
+        self.loaded = name
 
     def _check(self, name: str, staged: Staged) -> None:
-        for part in self._first.recipe.architecture.modules:
-            ours, theirs = getattr(self._first.pipeline, part), getattr(staged.pipeline, part, None)
+        for part, ours in self._modules.items():
+            theirs = getattr(staged.pipeline, part, None)
             if (ours is None) != (theirs is None) or (
                 theirs is not None and not same_config(ours, theirs)
             ):
                 raise ModelError(
-                    f"{name} cannot share a card with {self._first.name}: its {part} is built differently. Name models "
+                    f"{name} cannot share a card with {self._name}: its {part} is built differently. Name models "
                     "of one architecture in MODEL_PATH, or serve this one from a server of its own."
                 )
-        half = self._first.pipeline.vae.dtype == torch.float16
+        half = self._modules["vae"].dtype == torch.float16
         if (
             half
             and module_dtype(staged.pipeline.vae, staged.recipe, torch.float16) == torch.float32
         ):
             raise ModelError(
-                f"{name} cannot share a card with {self._first.name} in float16: its VAE overflows there and has to be "
+                f"{name} cannot share a card with {self._name} in float16: its VAE overflows there and has to be "
                 "float32. Serve both in bfloat16 (DTYPE), or publish it with a VAE that does not."
             )
 
-    def _held(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as it waits on the host; one that another model has too is not held twice."""
-        place = self._places[key]
-        waiting = tensor.detach().to("cpu", place.dtype)
-        for other in self._waiting.values():
-            if torch.equal(other[key], waiting):
-                return other[key]
+    def _held(self, tensors: Tensors) -> Tensors:
+        """The tensors as they wait on the host; what another model has too is not held twice.
+
+        They lie as their places on the device do, so that a copy needs no memory there, and in one piece of memory: in
+        pieces, torch pins up to twice as much.
+        """
+        held: Tensors = {}
+        own: list[str] = []
+        for key, tensor in tensors.items():
+            waiting = tensor.detach().to("cpu", self._places[key].dtype)
+            shared = (
+                other[key] for other in self._waiting.values() if torch.equal(other[key], waiting)
+            )
+            found = next(shared, None)
+            if found is None:
+                own.append(key)
+            else:
+                held[key] = found
+        for key, room in zip(own, self._rooms([self._places[key] for key in own]), strict=True):
+            held[key] = room.copy_(tensors[key].detach())
+        return held
+
+    def _rooms(self, places: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Host memory for tensors like these, pinned where there is a card."""
+        sizes = [-(-place.nbytes // ALIGNMENT) * ALIGNMENT for place in places]
+        memory = self._memory(sum(sizes))
+        offset = 0
+        for place, size in zip(places, sizes, strict=True):
+            flat = memory[offset : offset + place.nbytes].view(place.dtype)
+            yield flat.as_strided(place.shape, torch.empty_like(place, device="meta").stride())
+            offset += size
+
+    def _memory(self, size: int) -> torch.Tensor:
         if self._device.type == "cuda":
-            return waiting.pin_memory()
-        return waiting.clone() if waiting.data_ptr() == tensor.data_ptr() else waiting
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                logger.warning(
+                    "%.1f GB of host memory cannot be pinned (%s): switching models takes longer. Raise the "
+                    "container's limit on locked memory (ulimit -l).",
+                    size / 1e9,
+                    str(error).partition("\n")[0],
+                )
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def _named_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,8 +3,8 @@
 Nothing in here may change or end a generation. What a picture is made of is `previews`' business.
 """
 
-import functools
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,11 +55,13 @@ class Watching:
         """
         if self._previews is None:
             return
-        step = scheduler.step
+        step = type(scheduler).step
+        # Or the scheduler, and the tensors it remembers, would keep itself until garbage is collected.
+        itself = weakref.ref(scheduler)
 
-        @functools.wraps(step)  # pipelines look at its signature for what it takes
         def step_and_keep(*arguments: Any, return_dict: bool = True, **options: Any) -> Any:
-            output = step(*arguments, **options, return_dict=True)
+            scheduler = itself()
+            output = step(scheduler, *arguments, **options, return_dict=True)
             self._clean = _estimate(scheduler, output, *arguments)
             return output if return_dict else output.to_tuple()
 

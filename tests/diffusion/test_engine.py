@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffusion.engine import Engine, GenerationRequest
-from diffusion.errors import NonFiniteError, OutOfMemoryError, RequestError
+from diffusion.errors import DeviceError, NonFiniteError, OutOfMemoryError, RequestError
 from tests.diffusion.support import GUIDED, LIGHTNING, build, pixels
 
 REQUEST = GenerationRequest(prompt="a small red boat", width=64, height=64, steps=1, seed=3)
@@ -398,3 +398,77 @@ def test_an_engine_that_is_gone_leaves_no_thread(model):
 
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_a_device_that_fails_fails_who_is_open_and_the_next_is_served(model, monkeypatch):
+    engine = Engine(build(model), LIGHTNING)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            engine._loop,
+            "_keep_pace",
+            lambda: (_ for _ in ()).throw(RuntimeError("card lost\nmore")),
+        )
+        with pytest.raises(DeviceError, match=r"The device cpu failed \(card lost\)\. Try again"):
+            only(engine.generate(REQUEST))
+
+    assert only(engine.generate(REQUEST)).seed == 3
+    assert not engine._loop._begun
+
+
+def test_results_that_never_come_fail_their_request(model, monkeypatch):
+    engine = Engine(build(model), LIGHTNING)
+
+    def lost(_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._loop._clock, "wait", lost)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            engine.submit(REQUEST).images[0].result(60)
+
+    assert only(engine.generate(REQUEST)).seed == 3
+    assert not engine._loop._begun
+
+
+def test_a_chore_that_fails_keeps_nothing(lightning):
+    kept = []
+
+    def fail() -> None:
+        tensor = torch.zeros(64)
+        kept.append(weakref.ref(tensor))
+        raise RuntimeError("no")
+
+    failed = lightning._loop.when_idle(fail)
+    gc.disable()
+    try:
+        assert str(failed.exception(60)) == "RuntimeError: no"
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_pass_of_several_that_fails_is_not_tried_with_as_many_again(model, caplog):
+    engine = Engine(build(model), LIGHTNING)
+    rows = []
+
+    def full_for_many(_: object, inputs: tuple[torch.Tensor, ...], __: object) -> None:
+        rows.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    engine._pipeline.unet.register_forward_hook(full_for_many)
+    for _ in range(2):
+        made = list(engine.generate(dataclasses.replace(REQUEST, num_outputs=4)))
+        assert len(made) == 4
+
+    assert sum(count > 2 for count in rows) == 1
+    assert caplog.text.count("a pass of several images failed") == 1
+
+
+def test_a_caller_s_own_event_is_never_set(lightning):
+    cancelled = Event()
+
+    assert only(lightning.generate(REQUEST, cancelled)).seed == 3
+    assert only(lightning.generate(REQUEST, cancelled)).seed == 3
+
+    assert not cancelled.is_set()

@@ -12,7 +12,8 @@ import torch
 from demo.small_sdxl import write_small_sdxl
 from diffusion import device_loop
 from diffusion.engine import Engine, GenerationRequest
-from diffusion.errors import ModelError, RequestError
+from diffusion.errors import ModelError, OutOfMemoryError, RequestError
+from diffusion.float8 import Float8Layers
 from diffusion.recipe import Recipe
 from diffusion.refresh import Staged, stage
 from tests.diffusion.support import (
@@ -202,3 +203,57 @@ def test_a_switch_has_a_stage_of_its_own(model, other, caplog):
         (made,) = engine.generate(dataclasses.replace(REQUEST, model="two"))
 
     assert made.timings["switch"] > 0
+
+
+def test_a_switch_that_fails_halfway_fails_its_request_and_mixes_nothing(model, other):
+    engine = both(model, other)
+    expected = {"one": alone(model), "two": alone(other)}
+    places = engine._loop.shelf._places
+    key = [key for key in places if key.startswith("unet: ")][50]
+
+    class Full(torch.Tensor):
+        """A place on the device with no room for what a copy takes."""
+
+        def copy_(self, *_: object, **__: object) -> torch.Tensor:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    room = places[key]
+    places[key] = room.as_subclass(Full)
+    with pytest.raises(OutOfMemoryError):
+        image(engine, "two")
+    places[key] = room
+
+    for name in ("one", "two", "one"):
+        np.testing.assert_array_equal(image(engine, name), expected[name])
+
+
+def test_layers_in_8_bits_follow_the_model_whose_turn_it_is(model, other):
+    pipeline = build(model)
+    engine = Engine(pipeline, LIGHTNING, name="one", batch_size=1)
+    layers = Float8Layers(pipeline.unet, smallest_side=32)
+    layers.switch(on=True)
+    engine._loop.shelf._changed = layers.refresh
+    engine.add_model("two", staged(other))
+
+    def rounded(folder: Path) -> np.ndarray:
+        built = build(folder)
+        Float8Layers(built.unet, smallest_side=32).switch(on=True)
+        return image(Engine(built, LIGHTNING, batch_size=1))
+
+    for name, folder in (("two", other), ("one", model), ("two", other)):
+        np.testing.assert_array_equal(image(engine, name), rounded(folder))
+
+
+def test_what_waits_lies_as_its_place_does_and_in_one_piece(model, other):
+    pipeline = build(model)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    engine = Engine(pipeline, LIGHTNING, name="one")
+    engine.add_model("two", staged(other))
+    shelf = engine._loop.shelf
+
+    waiting = shelf._waiting["two"]
+
+    assert all(tensor.stride() == shelf._places[key].stride() for key, tensor in waiting.items())
+    own = [tensor for key, tensor in waiting.items() if tensor is not shelf._waiting["one"][key]]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in own}) == 1
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in own)
