@@ -32,7 +32,10 @@ help: ## Show this list
 demo: $(VENV)/.installed ## Bucket in, image out, on this machine; KEEP=1 leaves it serving
 	@KEEP="$(KEEP)" $(PY) -m demo
 
+# torch's threads wait for each other awake by default, which on cores that servers and other tests use as well makes
+# them wait 5 to 10 times as long (2 cores).
 .PHONY: test
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/.installed $(SKY_VENV)/.installed ## Run the tests; ARGS="-k name" selects some
 	@$(PY) -m pytest $(ARGS)
 
