@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from diffusion.device import ran_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, torch.Tensor]
@@ -51,6 +53,12 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def forget(self) -> None:
+        """Let go of all graphs, their memory, and whose they were. Nothing may be running."""
+        self._graphs.clear()
+        self._owner = None
+        self._pool = None
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Inside, a pass of a shape that has no graph gets one."""
@@ -72,7 +80,7 @@ class Graphs:
         if not self._able:
             return predict(batch)
         if owner is not self._owner:
-            self._graphs.clear()
+            self.forget()
             self._owner = owner
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         found = self._graphs.get((kind, shapes))
@@ -88,33 +96,56 @@ class Graphs:
         batch: Batch,
         key: tuple[object, ...],
     ) -> None:
-        inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        reason, full = "", False
+        current = torch.cuda.current_stream(self._device)
         try:
-            beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            beside.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(beside):
-                for _ in range(CALLS_BEFORE_RECORDING):
-                    predict(inputs)
-            torch.cuda.current_stream(self._device).wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads fetch pictures and load versions meanwhile; what they do is none of its business.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = predict(inputs)
-        except torch.OutOfMemoryError:
+            self._graphs[key] = self._recorded(predict, batch)
+        except Exception as error:  # noqa: BLE001 - it is only about speed
+            reason, full = str(error).partition("\n")[0], _ran_out_of_memory(error)
+        finally:
+            # Of a capture that failed torch reports the end before it leaves the stream, and so never leaves it.
+            torch.cuda.set_stream(current)
+        if key in self._graphs:
+            return
+        if full:
             # The size may fit without, and other sizes with one.
             logger.info("No memory for a CUDA graph of %s: that size runs without.", _named(batch))
-            torch.cuda.empty_cache()
-            return
-        except RuntimeError as error:
+        else:
             self._able = False
-            self._graphs.clear()
+            self.forget()
             logger.warning(
                 "CUDA graphs are off, and every pass takes longer: recording one failed (%s).",
-                str(error).partition("\n")[0],
+                reason,
             )
-            return
+        # Only here, with the exception and its frames gone, is what they held free.
+        torch.cuda.empty_cache()
+
+    def _recorded(self, predict: Callable[[Batch], torch.Tensor], batch: Batch) -> _Graph:
+        inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(beside):
+            for _ in range(CALLS_BEFORE_RECORDING):
+                predict(inputs)
+        torch.cuda.current_stream(self._device).wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads fetch pictures and load versions meanwhile; what they do is none of its business.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = predict(inputs)
         self._pool = graph.pool()
-        self._graphs[key] = _Graph(graph, inputs, output)
+        return _Graph(graph, inputs, output)
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what began it: what follows from it inside a capture is an error about capturing."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, RuntimeError) and ran_out_of_memory(found):
+            return True
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def _named(batch: Batch) -> str:
