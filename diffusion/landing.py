@@ -215,8 +215,11 @@ def _on_device(
 
     On the CPU in the file's own dtype it stays in the reader's memory, so that loading needs no second copy.
     """
-    if isinstance(landed.data, torch.Tensor):  # on its device already, see arrival
-        return landed.data.to(dtype) if landed.data.is_floating_point() else landed.data
+    if isinstance(
+        landed.data, torch.Tensor
+    ):  # on the card already (see arrival), which casts it before it leaves
+        tensor = landed.data.to(dtype) if landed.data.is_floating_point() else landed.data
+        return tensor.to(device)
     try:
         tensor = torch.frombuffer(landed.data, dtype=DTYPES[landed.dtype]).view(landed.shape)
     except (RuntimeError, ValueError) as error:

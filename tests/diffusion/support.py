@@ -40,7 +40,7 @@ class Tensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: bytearray
+    data: bytearray | torch.Tensor
 
 
 def read_configs(folder: Path) -> dict[str, bytes]:

@@ -192,6 +192,18 @@ def test_a_tensor_is_cast_on_the_device_it_goes_to():
     assert casts.devices == ["meta"]
 
 
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_tensor_that_lies_on_the_card_already_goes_where_its_module_is_to_lie(place):
+    module, problems = torch.nn.Linear(2, 2, bias=False), Problems()
+    landing = Landing("unet", module, device=torch.device(place), dtype=torch.bfloat16)
+    arrived = torch.ones(2, 2, dtype=torch.float16)
+
+    landing.take(Tensor("unet/x.safetensors", "weight", "F16", (2, 2), arrived), problems)
+
+    problems.raise_if_any()
+    assert (module.weight.device.type, module.weight.dtype) == (place, torch.bfloat16)
+
+
 # Names and tensors of older files
 
 
