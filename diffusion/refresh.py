@@ -16,6 +16,7 @@ from diffusion.build import build_pipeline, module_dtype
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import ModelError
 from diffusion.families import PREVIEW_VAE
+from diffusion.fitting import decode_in_tiles
 from diffusion.landing import LandedTensor, Slot, move_buffers, slots
 from diffusion.recipe import Recipe
 
@@ -126,6 +127,8 @@ def _prepare(
     scratch = torch.empty(_scratch_bytes(moves), dtype=torch.uint8, device=device)
     for module, place in built:
         move_buffers(module, place)
+    if "vae" not in kept and old.vae.use_tiling:
+        decode_in_tiles(new.vae)  # the card has no more room than it had
     for name, predecessor in kept.items():
         setattr(new, name, predecessor)
     return moves, scratch

@@ -24,6 +24,7 @@ from diffusion import refresh
 from diffusion.components import build_module
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import BusyError, ModelError, RequestError
+from diffusion.fitting import Fit
 from diffusion.recipe import SDXL, Recipe, SchedulerRecipe
 from diffusion.refresh import Staged, stage
 from tests.diffusion.support import (
@@ -262,6 +263,21 @@ def test_a_config_that_changes_no_shape_counts_too(model, update):
     engine.replace(staged(update, configs=configs))
 
     assert_same_images(engine, serve(update, configs=configs))
+
+
+def test_a_vae_that_is_exchanged_decodes_in_tiles_where_the_one_before_did(model, update):
+    configs = edited(read_configs(update), "vae/config.json", scaling_factor=0.2)
+    tiled, whole = serve(model, fit=Fit(tiles=True)), serve(model)
+
+    for engine in (tiled, whole):
+        engine.replace(staged(update, configs=configs))
+
+    expected = build(update, configs=configs, fit=Fit(tiles=True)).vae
+    vae = tiled._pipeline.vae
+    assert vae.use_tiling
+    assert vae.tile_sample_min_size == expected.tile_sample_min_size
+    assert vae.tile_latent_min_size == expected.tile_latent_min_size
+    assert not whole._pipeline.vae.use_tiling
 
 
 def test_a_vae_that_must_stay_in_float32_comes_into_a_float16_engine(model, update):
