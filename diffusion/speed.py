@@ -6,6 +6,7 @@ On a CPU nothing is, unless compiling is asked for: there the pixels are stock's
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from PIL import Image
 
 from diffusion.compiled import CompiledRegions, Compiling
-from diffusion.errors import CompileError, DiffusionError
 from diffusion.float8 import Float8Layers, computes_float8
 from diffusion.fused import fuse_projections
 
@@ -40,6 +40,7 @@ class Speed:
         self._regions: CompiledRegions | None = None
         self._denoiser: Any = None
         self._layers: Float8Layers | None = None
+        self._float8_is_on = False
         if float8 and not computes_float8(device):
             logger.warning(
                 "FLOAT8 is on, but %s does not compute 8-bit floats: it wants an Ada, Hopper or later card.",
@@ -47,12 +48,22 @@ class Speed:
             )
             self._wants_float8 = False
 
-    def prepare(self, denoiser: Any, vae: Any) -> None:
-        """Call it for every model that is about to serve: new parts are prepared, kept ones had new weights."""
+    def prepare(self, denoiser: Any, vae: Any) -> bool:
+        """Call it for every model that is about to serve: new parts are prepared, kept ones had new weights.
+
+        Never raises: what fails is left out, with a line in the log. Returns whether graphs of this denoiser's passes
+        still compute what it does; otherwise they have to be forgotten.
+        """
+        holds = True
         if self._device.type == "cuda":
-            self._arrange(denoiser, vae)
+            self._attempt("Channels side by side", partial(_lay_channels_side_by_side, vae))
+            if denoiser is not self._denoiser:
+                self._take_up(denoiser)
+            elif self._layers is not None:
+                holds = self._renew_float8(self._layers)
         if self._compiling is not None:
             self._cover(denoiser, vae, self._compiling)
+        return holds
 
     @contextmanager
     def learning(self, size: tuple[int, int]) -> Iterator[None]:
@@ -63,53 +74,109 @@ class Speed:
         with self._regions.learning():
             yield
 
-    def _arrange(self, denoiser: Any, vae: Any) -> None:
-        # Convolutions on tensor cores want the channels side by side; otherwise every one of them turns its input.
-        vae.to(memory_format=torch.channels_last)
-        if denoiser is not self._denoiser:
-            denoiser.to(memory_format=torch.channels_last)
-            fuse_projections(denoiser)
-            self._denoiser = denoiser
-            self._layers = Float8Layers(denoiser) if self._wants_float8 else None
-        elif self._layers is not None:
-            self._layers.refresh()
+    def _take_up(self, denoiser: Any) -> None:
+        # Once, whatever comes of it. Layers that are switched on would hold the old weights, and be held by them.
+        self._denoiser = denoiser
+        self._drop_layers()
+        self._attempt("Channels side by side", partial(_lay_channels_side_by_side, denoiser))
+        self._attempt("Fused projections", partial(fuse_projections, denoiser))
+        if self._wants_float8:
+            self._add_float8(denoiser)
+
+    def _add_float8(self, denoiser: Any) -> None:
+        """Round the layers, and switch them on if those of the denoiser before were."""
+
+        def add() -> None:
+            self._layers = Float8Layers(denoiser)
+            self._layers.switch(on=self._float8_is_on)
+
+        if not self._attempt("FLOAT8", add):
+            self._give_float8_up()
+
+    def _renew_float8(self, layers: Float8Layers) -> bool:
+        if self._attempt("FLOAT8", layers.refresh):
+            return True
+        self._give_float8_up()  # some copies are of the old weights
+        return False
+
+    def _give_float8_up(self) -> None:
+        """For good: another denoiser is not tried again."""
+        self._wants_float8 = self._float8_is_on = False
+        self._drop_layers()
+
+    def _drop_layers(self) -> None:
+        if self._layers is not None:
+            self._layers.switch(on=False)
+            self._layers = None
+
+    def _attempt(self, what: str, work: Callable[[], object]) -> bool:
+        """Do what makes it faster and can be left out, also halfway; returns whether it went well."""
+        reason = None
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - it is only about speed
+            reason = _first_line(error)
+        if reason is None:
+            return True
+        # Only here, with the exception and its frames gone, is what they held free.
+        self._empty_cache()
+        logger.warning("%s: left out, and images take longer. It failed here (%s).", what, reason)
+        return False
+
+    def _empty_cache(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _cover(self, denoiser: Any, vae: Any, compiling: Compiling) -> None:
         try:
             if self._regions is None:
                 self._regions = CompiledRegions(only_from_artifacts=compiling.only_from_artifacts)
             self._regions.cover(denoiser, vae)
-        except CompileError as error:
+        except Exception as error:  # noqa: BLE001 - it is only about speed
             self._compiling = self._regions = None
-            logger.warning("Serving without compiled code: %s", error)
+            logger.warning("Serving without compiled code: %s", _first_line(error))
 
     def try_float8(self, generate: Callable[[], Image.Image]) -> float | None:
-        """Switch to 8-bit floats if an image stays near the one without; returns how near, in dB, if it was tried."""
+        """Switch to 8-bit floats if an image stays near the one without; returns how near, in dB, if it was tried.
+
+        `generate` makes one image, always the same, in as many steps as requests take: errors add up over them. Never
+        raises: whatever fails, 8-bit floats are off, for later models too.
+        """
         if self._layers is None:
             return None
-        before = generate()
-        self._layers.switch(on=True)
+        decibels, reason = None, ""
         try:
+            before = generate()
+            self._layers.switch(on=True)
             decibels = peak_signal_to_noise(generate(), before)
-        except (RuntimeError, DiffusionError) as error:
-            self._layers.switch(on=False)
-            self._layers = None
-            reason = str(error).partition("\n")[0]
+        except Exception as error:  # noqa: BLE001 - a card's own refusals are of several classes
+            reason = _first_line(error)
+        if decibels is not None and decibels >= LOWEST_FLOAT8_DECIBELS:
+            self._float8_is_on = True
+            logger.info("8-bit floats: %.1f dB from the image without.", decibels)
+            return decibels
+        self._give_float8_up()
+        self._empty_cache()
+        if decibels is None:
             logger.warning(
                 "FLOAT8 is on, but stays off: it failed with this card and dtype (%s).", reason
             )
-            return None
-        if decibels < LOWEST_FLOAT8_DECIBELS:
-            self._layers.switch(on=False)
-            self._layers = None
+        else:
             logger.warning(
                 "FLOAT8 is on, but with this model its image is %.1f dB from the one without; below %.0f it stays off.",
                 decibels,
                 LOWEST_FLOAT8_DECIBELS,
             )
-        else:
-            logger.info("8-bit floats: %.1f dB from the image without.", decibels)
         return decibels
+
+
+def _lay_channels_side_by_side(module: Any) -> None:
+    # Convolutions on tensor cores want them so; otherwise every one of them turns its input.
+    module.to(memory_format=torch.channels_last)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def peak_signal_to_noise(one: Image.Image, other: Image.Image) -> float:

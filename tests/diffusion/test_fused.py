@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 
+from diffusion import fused
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.float8 import Float8Layers
 from diffusion.fused import Joined, fuse_projections
@@ -179,12 +181,13 @@ def test_8_bit_floats_that_can_be_seen_are_off_with_a_line(float8, monkeypatch, 
     assert "below 99 it stays off" in caplog.text
 
 
-def test_8_bit_floats_that_a_card_refuses_are_off_with_a_line(float8, monkeypatch, caplog):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, AssertionError])
+def test_8_bit_floats_that_a_card_refuses_are_off_with_a_line(float8, monkeypatch, caplog, kind):
     speed, engine = float8
     before = image(engine)
 
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("rowwise scaling wants bfloat16\nand more")
+        raise kind("rowwise scaling wants bfloat16\nand more")
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.nn.functional, "scaled_mm", refuse)
@@ -199,3 +202,127 @@ def test_a_card_that_cannot_is_said_and_nothing_is_tried(caplog):
 
     assert speed.try_float8(lambda: pytest.fail("an image was asked for")) is None
     assert "does not compute 8-bit floats" in caplog.text
+
+
+# What a card is given, where its work is done by the CPU: only the steps of `Speed` are looked at
+
+
+@pytest.fixture
+def speed(monkeypatch) -> Speed:
+    monkeypatch.setattr("diffusion.speed.computes_float8", lambda _: True)
+    monkeypatch.setattr("diffusion.speed.Float8Layers", partial(Float8Layers, smallest_side=32))
+    monkeypatch.setattr("diffusion.speed.LOWEST_FLOAT8_DECIBELS", 20.0)
+    return Speed(torch.device("cuda"), float8=True)
+
+
+def in_8_bits(denoiser: torch.nn.Module) -> bool:
+    """Whether any layer is; where one is that should not be, a test of pixels says it too."""
+    return any(
+        "forward" in module.__dict__
+        or any(
+            isinstance(joined, Joined) and joined.product is not functional.linear
+            for joined in module.__dict__.values()
+        )
+        for module in denoiser.modules()
+    )
+
+
+def prepared(speed: Speed, folder) -> Engine:
+    pipeline = build(folder)
+    speed.prepare(pipeline.unet, pipeline.vae)
+    return Engine(pipeline, LIGHTNING, batch_size=1)
+
+
+def test_a_denoiser_that_follows_one_in_8_bits_is_in_8_bits_too(model, half_model, speed):
+    first = prepared(speed, model)
+    assert speed.try_float8(partial(generate, first)) is not None
+
+    second = prepared(speed, half_model)
+
+    rounded, plain = image(second), image(Engine(build(half_model), LIGHTNING, batch_size=1))
+    assert in_8_bits(second._pipeline.unet)
+    assert 20 <= psnr(rounded, plain) < 60
+    # And the first one's layers are let go, with the copies that they would hold.
+    assert not in_8_bits(first._pipeline.unet)
+
+
+def test_8_bit_floats_that_were_refused_are_not_built_again(model, half_model, speed, monkeypatch):
+    monkeypatch.setattr("diffusion.speed.LOWEST_FLOAT8_DECIBELS", 99.0)
+    first = prepared(speed, model)
+    assert speed.try_float8(partial(generate, first)) is not None
+
+    second = prepared(speed, half_model)
+
+    assert speed.try_float8(lambda: pytest.fail("an image was asked for")) is None
+    assert not in_8_bits(second._pipeline.unet)
+
+
+def test_an_image_that_cannot_be_made_ends_8_bit_floats_and_nothing_else(model, speed, caplog):
+    engine = prepared(speed, model)
+
+    def fail() -> Image.Image:
+        raise MemoryError
+
+    assert speed.try_float8(fail) is None
+
+    assert not in_8_bits(engine._pipeline.unet)
+    assert "stays off: it failed with this card and dtype (MemoryError)" in caplog.text
+
+
+@pytest.mark.parametrize("failing_at", [1, 4])
+def test_projections_fused_halfway_give_the_same_image(
+    model, speed, monkeypatch, caplog, failing_at
+):
+    calls = 0
+
+    def full(parts: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return joined(parts)
+
+    joined = fused._joined
+    monkeypatch.setattr(fused, "_joined", full)
+    monkeypatch.setattr(speed, "_wants_float8", False)
+
+    engine = prepared(speed, model)
+
+    (line,) = caplog.messages
+    assert line.startswith("Fused projections: left out")
+    assert calls == failing_at
+    assert psnr(image(engine), image(Engine(build(model), LIGHTNING))) >= 60
+    # In 8 bits too, every layer is still taken once.
+    Float8Layers(engine._pipeline.unet, smallest_side=32).switch(on=True)
+    assert 20 <= psnr(image(engine), image(Engine(build(model), LIGHTNING))) < 60
+
+
+def test_layers_that_have_no_room_for_8_bits_stay_as_they_are(model, speed, monkeypatch, caplog):
+    def full(rows: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr("diffusion.float8._rounded", full)
+
+    engine = prepared(speed, model)
+
+    assert caplog.messages == [
+        "FLOAT8: left out, and images take longer. It failed here (CUDA out of memory)."
+    ]
+    assert speed.try_float8(lambda: pytest.fail("an image was asked for")) is None
+    assert psnr(image(engine), image(Engine(build(model), LIGHTNING))) >= 60
+
+
+def test_new_weights_that_cannot_be_rounded_end_8_bit_floats(model, speed, monkeypatch):
+    engine = prepared(speed, model)
+    pipeline = engine._pipeline
+    assert speed.try_float8(partial(generate, engine)) is not None
+    assert speed.prepare(pipeline.unet, pipeline.vae)  # graphs stay valid
+    assert in_8_bits(pipeline.unet)
+
+    def full(rows: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("diffusion.float8._rounded", full)
+
+    assert not speed.prepare(pipeline.unet, pipeline.vae)
+    assert psnr(image(engine), image(Engine(build(model), LIGHTNING))) >= 60

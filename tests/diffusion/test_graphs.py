@@ -42,18 +42,26 @@ class Card:
         finally:
             self.current = before
 
-    @contextmanager
-    def graph(self, graph: Recorded, *, pool: object, capture_error_mode: str) -> Iterator[None]:
-        before, self.current = self.current, Stream()
+    def graph(self, graph: Recorded, *, pool: object, capture_error_mode: str) -> "Capture":
         self.pools.append(pool)
-        self.capturing = True
-        try:
-            yield
-        except Exception:
-            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
-        finally:
-            self.capturing = False
-        self.current = before
+        return Capture(self)
+
+
+class Capture:
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.before = card.current
+
+    def __enter__(self) -> None:
+        self.card.current = Stream()
+        self.card.capturing = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.card.capturing = False
+        if kind is not None:
+            # What began it is only its context.
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.card.current = self.before
 
 
 class Pass:
