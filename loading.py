@@ -232,7 +232,12 @@ def _build_engine(
         CompiledCode(settings, bucket, stream.version, device, dtype, cold_start).result
     )
     pipeline = build_pipeline(
-        stream.configs(), _reporting_progress(stream), recipe, device=device, dtype=dtype
+        stream.configs(),
+        _reporting_progress(stream),
+        recipe,
+        device=device,
+        dtype=dtype,
+        float8=settings.float8 == "on",
     )
     built = time.monotonic()
     # Building ends with the last tensor, so it waits for the bytes too.

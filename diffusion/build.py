@@ -17,6 +17,7 @@ from diffusion.components import build_module, build_scheduler, build_tokenizer,
 from diffusion.errors import ModelError
 from diffusion.families import PREVIEW_VAE, PREVIEW_VAE_CLASS
 from diffusion.fitting import Fit, choose_fit, decode_in_tiles, free_bytes, needs_of
+from diffusion.float8 import computes_float8
 from diffusion.landing import LandedTensor, Landing, Problems
 from diffusion.recipe import Recipe, read_config
 
@@ -31,6 +32,7 @@ def build_pipeline(
     device: torch.device,
     dtype: torch.dtype | None,
     fit: Fit | None = None,
+    float8: bool = False,
 ) -> DiffusionPipeline:
     """The pipeline that stock `from_pretrained` would give, on `device` in `dtype`, with the recipe's scheduler.
 
@@ -42,6 +44,7 @@ def build_pipeline(
             model and one tensor.
         dtype: None leaves every tensor as its file holds it.
         fit: how the model is laid out on a card; by default, as fast as the card's free memory allows.
+        float8: whether that memory is to hold 8-bit copies of the large layers too, on a card that computes them.
 
     Raises `ModelError` when a config asks for what is not supported, or tensors are missing, unexpected or misshapen.
     Whatever `tensors` itself raises passes through.
@@ -75,7 +78,7 @@ def build_pipeline(
     if f"{PREVIEW_VAE}/config.json" in configs:
         beside[PREVIEW_VAE] = build_module(PREVIEW_VAE, PREVIEW_VAE_CLASS, configs)
     if fit is None:
-        fit = _choose_fit(modules, recipe, device, dtype)
+        fit = _choose_fit(modules, recipe, device, dtype, float8=float8)
     places = {
         name: torch.device("cpu") if fit.text_on_host and _reads_text(name, recipe) else device
         for name in modules | beside
@@ -133,6 +136,8 @@ def _choose_fit(
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype | None,
+    *,
+    float8: bool,
 ) -> Fit:
     if device.type != "cuda":
         return Fit()
@@ -144,6 +149,7 @@ def _choose_fit(
         recipe.architecture.denoiser,
         recipe.native_size,
         guided=recipe.guidance_scale > 1,
+        float8=float8 and computes_float8(device),
     )
     return choose_fit(free_bytes(device), needs)
 

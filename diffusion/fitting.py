@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion.float8 import rounded_bytes
+
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
@@ -21,8 +23,9 @@ GIB = 2**30
 # in is twice as wide, and it, its normalised self and its activation are there together. cuDNN may want half of that.
 DECODER_LAYERS_AT_ONCE = 6 * 1.5
 
-# Of the denoiser in one pass, for every latent and row: 10 KiB were counted for SDXL in half precision.
-DENOISER_BYTES_PER_LATENT = 10 * 1024 * 1.5
+# Of the denoiser in one pass, for every latent and row. In half precision were counted: 10 KiB for SDXL, 11 for SD 3.5
+# Medium, 16 for SD 1.5, SD 2.1 and SD 3.5 Large.
+DENOISER_BYTES_PER_LATENT = 18 * 1024
 
 # Fragments, graphs' own memory, and whatever else runs beside.
 MARGIN = 0.4 * GIB
@@ -94,25 +97,29 @@ def needs_of(
     native_size: int,
     *,
     guided: bool,
+    float8: bool = False,
 ) -> Needs:
     """Count the modules, which may be on the meta device, and estimate what a request at `native_size` takes.
 
     Args:
         item_bytes: of one number, by module.
         denoiser: its name among the modules; "vae" is the decoder's, and all others read text.
+        float8: whether the denoiser's large layers have rounded copies beside them.
     """
     sizes = {
-        name: sum(parameter.numel() for parameter in module.parameters()) * item_bytes[name]
+        name: sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
+        * item_bytes[name]
         for name, module in modules.items()
     }
     resident = {denoiser, "vae"}
     vae: Any = modules["vae"].config
-    scale = 2 ** (len(vae.block_out_channels) - 1)
+    scale = _pixels_per_latent(vae)
     per_pixel = DECODER_LAYERS_AT_ONCE * min(vae.block_out_channels) * item_bytes["vae"]
     latents = (native_size // scale) ** 2
     return Needs(
         text=sum(size for name, size in sizes.items() if name not in resident),
-        others=sum(size for name, size in sizes.items() if name in resident),
+        others=sum(size for name, size in sizes.items() if name in resident)
+        + (rounded_bytes(modules[denoiser]) if float8 else 0),
         denoising=int(
             latents * DENOISER_BYTES_PER_LATENT * (2 if guided else 1) * item_bytes[denoiser] / 2
         ),
@@ -129,10 +136,14 @@ def free_bytes(device: torch.device) -> int:
 
 def decode_in_tiles(vae: Any) -> None:
     """Have stock's own tiling begin where one tile ends; by default it begins beyond the native size."""
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.enable_tiling()
     vae.tile_sample_min_size = TILE
-    vae.tile_latent_min_size = TILE // scale
+    vae.tile_latent_min_size = TILE // _pixels_per_latent(vae.config)
+
+
+def _pixels_per_latent(vae_config: Any) -> int:
+    """Along a side: every level of an AutoencoderKL but the last halves it, whatever its latents' channels."""
+    return int(2 ** (len(vae_config.block_out_channels) - 1))
 
 
 @contextmanager

@@ -27,6 +27,12 @@ def computes_float8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def rounded_bytes(denoiser: nn.Module) -> int:
+    """What the rounded copies take beside the weights, which may be on the meta device still."""
+    layers = _large_layers(denoiser, SMALLEST_SIDE)
+    return sum(layer.weight.numel() for layer in layers) * E4M3.itemsize
+
+
 class Float8Layers:
     """The large linear layers of a denoiser's transformer blocks, switched to 8 bits and back.
 

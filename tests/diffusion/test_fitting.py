@@ -2,21 +2,20 @@
 
 import logging
 import weakref
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffusion.engine import Engine, GenerationRequest
 from diffusion.fitting import GIB, Fit, Needs, choose_fit, decode_in_tiles, needs_of, visiting
-from tests.diffusion.support import LIGHTNING, build, pixels
-
-REQUEST = GenerationRequest(prompt="a small red boat", width=64, height=64, seed=3)
+from diffusion.recipe import SDXL
+from tests.diffusion.support import build, read_tensors
+from tests.support.small_families import write_small_sd1, write_small_sd3
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +158,25 @@ def test_a_card_that_is_too_small_gets_the_smallest_layout_and_a_warning(sdxl, c
     assert "large images may fail" in caplog.text
 
 
-def test_text_encoders_in_host_memory_make_the_same_images(model, monkeypatch):
-    # The host is the card here, so what is looked at is that nothing but their place changes.
-    plain, laid_out = build(model), build(model, fit=Fit(text_on_host=True))
+def test_text_encoders_lie_in_host_memory_also_where_tensors_arrive_elsewhere(model):
+    # "meta" stands in for the card. Tensors of the text encoders can only come from where their values are.
+    tensors = (
+        replace(tensor, data=torch.frombuffer(tensor.data, dtype=torch.float32).view(tensor.shape))
+        for tensor in read_tensors(model)
+    )
 
-    (expected,) = Engine(plain, LIGHTNING).generate(REQUEST)
-    (made,) = Engine(laid_out, LIGHTNING).generate(REQUEST)
+    pipeline = build(model, tensors=tensors, device="meta", fit=Fit(text_on_host=True))
 
-    np.testing.assert_array_equal(pixels(made.image), pixels(expected.image))
+    places = {
+        name: {parameter.device.type for parameter in getattr(pipeline, name).parameters()}
+        for name in SDXL.modules
+    }
+    assert places == {
+        "text_encoder": {"cpu"},
+        "text_encoder_2": {"cpu"},
+        "unet": {"meta"},
+        "vae": {"meta"},
+    }
 
 
 def test_modules_visit_a_device_and_come_back_to_the_memory_they_left(monkeypatch):
@@ -213,3 +223,70 @@ def test_a_decoder_in_tiles_begins_where_one_tile_ends(model):
     decode_in_tiles(plain.vae)
     with torch.inference_mode():
         assert torch.equal(plain.vae.decode(latents)[0], large[1])
+
+
+@pytest.mark.parametrize("write", [write_small_sd1, write_small_sd3])
+def test_tiles_of_every_family_are_of_512_pixels(write, tmp_path):
+    vae = AutoencoderKL.from_pretrained(write(tmp_path), subfolder="vae").eval()
+    latents = torch.randn(1, vae.config.latent_channels, 80, 72)
+    shapes = []
+    vae.decoder.register_forward_hook(lambda _, inputs, made: shapes.append(made.shape[2:]))
+
+    with torch.inference_mode():
+        whole = vae.decode(latents)[0]
+        decode_in_tiles(vae)
+        tiled = vae.decode(latents)[0]
+
+    assert tiled.shape == whole.shape == (1, 3, 640, 576)
+    assert shapes[1] == (512, 512)
+
+
+def test_a_vae_of_few_levels_has_tiles_of_as_many_pixels():
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        layers_per_block=1,
+    ).eval()
+    decode_in_tiles(vae)
+    shapes = []
+    vae.decoder.register_forward_hook(lambda _, inputs, made: shapes.append(made.shape[2:]))
+
+    with torch.inference_mode():
+        made = vae.decode(torch.randn(1, 4, 32, 288))[0]
+
+    assert made.shape == (1, 3, 64, 576)
+    assert shapes == [(64, 512), (64, 192)]
+
+
+def test_rounded_copies_count_where_8_bit_floats_are_wanted(sdxl):
+    item_bytes = dict.fromkeys(sdxl, 2)
+    plain, rounded = (
+        needs_of(sdxl, item_bytes, "unet", 1024, guided=False, float8=float8)
+        for float8 in (False, True)
+    )
+
+    # A byte for each weight of the UNet's large linear layers.
+    assert (rounded.others - plain.others) / 1e9 == pytest.approx(2.18, abs=0.02)
+    assert rounded.text == plain.text
+
+
+def test_what_is_no_parameter_and_comes_from_a_file_counts_too(tmp_path):
+    transformer = SD3Transformer2DModel.from_pretrained(
+        write_small_sd3(tmp_path), subfolder="transformer"
+    )
+    vae = AutoencoderKL.from_pretrained(tmp_path, subfolder="vae")
+
+    needs = needs_of(
+        {"transformer": transformer, "vae": vae},
+        {"transformer": 2, "vae": 2},
+        "transformer",
+        64,
+        guided=True,
+    )
+
+    # Of SD 3.5 Medium the embedded positions are 0.45 GB.
+    states = (*transformer.state_dict().values(), *vae.state_dict().values())
+    assert "pos_embed.pos_embed" in transformer.state_dict()
+    assert needs.others == 2 * sum(tensor.numel() for tensor in states)
