@@ -29,14 +29,21 @@ class Speed:
     Args:
         float8: compute the large linear layers in 8-bit floats, where the card can.
         compiling: what is to run compiled once it was learned; None for nothing.
+        forget_graphs: called when passes compute in another way from now on, which graphs that were recorded do not.
     """
 
     def __init__(
-        self, device: torch.device, *, float8: bool = False, compiling: Compiling | None = None
+        self,
+        device: torch.device,
+        *,
+        float8: bool = False,
+        compiling: Compiling | None = None,
+        forget_graphs: Callable[[], None] = lambda: None,
     ) -> None:
         self._device = device
         self._wants_float8 = float8
         self._compiling = compiling
+        self._forget_graphs = forget_graphs
         self._regions: CompiledRegions | None = None
         self._denoiser: Any = None
         self._layers: Float8Layers | None = None
@@ -48,22 +55,19 @@ class Speed:
             )
             self._wants_float8 = False
 
-    def prepare(self, denoiser: Any, vae: Any) -> bool:
+    def prepare(self, denoiser: Any, vae: Any) -> None:
         """Call it for every model that is about to serve: new parts are prepared, kept ones had new weights.
 
-        Never raises: what fails is left out, with a line in the log. Returns whether graphs of this denoiser's passes
-        still compute what it does; otherwise they have to be forgotten.
+        Never raises: what fails is left out, with a line in the log.
         """
-        holds = True
         if self._device.type == "cuda":
             self._attempt("Channels side by side", partial(_lay_channels_side_by_side, vae))
             if denoiser is not self._denoiser:
                 self._take_up(denoiser)
-            elif self._layers is not None:
-                holds = self._renew_float8(self._layers)
+            elif self._layers is not None and not self._attempt("FLOAT8", self._layers.refresh):
+                self._give_float8_up()  # some copies are of the old weights
         if self._compiling is not None:
             self._cover(denoiser, vae, self._compiling)
-        return holds
 
     @contextmanager
     def learning(self, size: tuple[int, int]) -> Iterator[None]:
@@ -88,16 +92,11 @@ class Speed:
 
         def add() -> None:
             self._layers = Float8Layers(denoiser)
-            self._layers.switch(on=self._float8_is_on)
+            if self._float8_is_on:
+                self._switch(self._layers, on=True)
 
         if not self._attempt("FLOAT8", add):
             self._give_float8_up()
-
-    def _renew_float8(self, layers: Float8Layers) -> bool:
-        if self._attempt("FLOAT8", layers.refresh):
-            return True
-        self._give_float8_up()  # some copies are of the old weights
-        return False
 
     def _give_float8_up(self) -> None:
         """For good: another denoiser is not tried again."""
@@ -106,8 +105,12 @@ class Speed:
 
     def _drop_layers(self) -> None:
         if self._layers is not None:
-            self._layers.switch(on=False)
+            self._switch(self._layers, on=False)
             self._layers = None
+
+    def _switch(self, layers: Float8Layers, *, on: bool) -> None:
+        layers.switch(on)
+        self._forget_graphs()
 
     def _attempt(self, what: str, work: Callable[[], object]) -> bool:
         """Do what makes it faster and can be left out, also halfway; returns whether it went well."""
@@ -147,7 +150,7 @@ class Speed:
         decibels, reason = None, ""
         try:
             before = generate()
-            self._layers.switch(on=True)
+            self._switch(self._layers, on=True)
             decibels = peak_signal_to_noise(generate(), before)
         except Exception as error:  # noqa: BLE001 - a card's own refusals are of several classes
             reason = _first_line(error)

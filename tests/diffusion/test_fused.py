@@ -316,13 +316,32 @@ def test_new_weights_that_cannot_be_rounded_end_8_bit_floats(model, speed, monke
     engine = prepared(speed, model)
     pipeline = engine._pipeline
     assert speed.try_float8(partial(generate, engine)) is not None
-    assert speed.prepare(pipeline.unet, pipeline.vae)  # graphs stay valid
+    speed.prepare(pipeline.unet, pipeline.vae)
     assert in_8_bits(pipeline.unet)
 
     def full(rows: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("diffusion.float8._rounded", full)
+    speed.prepare(pipeline.unet, pipeline.vae)
 
-    assert not speed.prepare(pipeline.unet, pipeline.vae)
     assert psnr(image(engine), image(Engine(build(model), LIGHTNING))) >= 60
+
+
+def test_graphs_are_forgotten_when_passes_compute_in_another_way(model, speed, monkeypatch):
+    in_8_bits_when_forgotten: list[bool] = []
+    pipeline = build(model)
+    engine = Engine(pipeline, LIGHTNING, batch_size=1)
+    monkeypatch.setattr(
+        speed, "_forget_graphs", lambda: in_8_bits_when_forgotten.append(in_8_bits(pipeline.unet))
+    )
+    speed.prepare(pipeline.unet, pipeline.vae)
+    assert in_8_bits_when_forgotten == []
+
+    speed.try_float8(partial(generate, engine))
+    speed.prepare(pipeline.unet, pipeline.vae)
+    assert in_8_bits_when_forgotten == [True]  # and not when weights only were rounded anew
+
+    monkeypatch.setattr("diffusion.float8._rounded", lambda rows: 1 / 0)
+    speed.prepare(pipeline.unet, pipeline.vae)
+    assert in_8_bits_when_forgotten == [True, False]
