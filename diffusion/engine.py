@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from threading import Event
@@ -91,7 +91,8 @@ class Engine:
         if on_cpu and compiling is not None:
             most = 1
         self._most = most
-        self._sizes = compiling.sizes if compiling is not None else frozenset()
+        self._compiling = compiling or Compiling(frozenset(), only_from_artifacts=True)
+        self._learned: set[tuple[int, int, int]] = set()
         self._getting_ready: list[Future[None]] = []
         self._speed = Speed(self._device, float8=float8, compiling=compiling)
         self._speed.prepare(model.denoiser, pipeline.vae)
@@ -266,27 +267,53 @@ class Engine:
     def warm_up(self) -> float:
         """Have the native size ready, so that no caller pays for its first use; returns the seconds that took.
 
-        On a card the other sizes, and batches, are made ready later, whenever there is no request (`getting_ready`); on
-        a CPU those are that are to run compiled.
+        Whatever is to be compiled here is compiled before it returns, batch by batch: requests never wait for that. On
+        a card the other sizes, and batches, are made ready later, whenever there is no request (`getting_ready`); on a
+        CPU those are that run compiled.
         """
         started = time.perf_counter()
         native = self.recipe.native_size
         self._generate_one()
-        sizes = sorted(self._sizes)
+        sizes = compiled = sorted(self._compiling.sizes)
         if self._device.type == "cuda":
             self._speed.try_float8(self._generate_one)
-            sizes = [size_for(ratio, native) for ratio in ASPECT_RATIOS] + sizes
-        if sizes:
-            self._when_idle(native, native, 1).exception()
-        for width, height in dict.fromkeys(sizes):
-            for together in range(1, self._most + 1):
-                self._getting_ready.append(self._when_idle(width, height, together))
+            sizes = [size_for(ratio, native) for ratio in ASPECT_RATIOS] + compiled
+        at_once = [(native, native, 1)] if sizes else []
+        if not self._compiling.only_from_artifacts:
+            at_once = list(dict.fromkeys(at_once + self._in_batches(compiled)))
+        for number, what in enumerate(at_once, 1):
+            self._when_idle(*what).exception()
+            if not self._compiling.only_from_artifacts:
+                logger.info(
+                    "Compiling: done with %d of %d sizes and batches after %.0f s.",
+                    number,
+                    len(at_once),
+                    time.perf_counter() - started,
+                )
+        for what in dict.fromkeys(self._in_batches(sizes)):
+            if what not in at_once:
+                later = self._when_idle(*what)
+                self._getting_ready.append(later)
+                # Nobody asks for what is done, and a failure's frames would hold tensors.
+                later.add_done_callback(self._getting_ready.remove)
         return time.perf_counter() - started
+
+    def _in_batches(self, sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        return [(*size, together) for size in sizes for together in range(1, self._most + 1)]
 
     @property
     def getting_ready(self) -> tuple[Future[None], ...]:
-        """What `warm_up` has left for later: one for each size and batch, done once that is ready, well or not."""
+        """What `warm_up` has left for later, and is not done yet: one for each size and batch."""
         return tuple(self._getting_ready)
+
+    @property
+    def compiled(self) -> frozenset[tuple[int, int]]:
+        """Those of the sizes to be compiled that `warm_up`, and what it left for later, have: in every batch."""
+        return frozenset(
+            size
+            for size in self._compiling.sizes
+            if self._learned.issuperset(self._in_batches([size]))
+        )
 
     def _when_idle(self, width: int, height: int, together: int) -> Future[None]:
         request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
@@ -296,8 +323,10 @@ class Engine:
         return done
 
     def _make_ready(self, plan: Plan, together: int) -> None:
-        with self._speed.learning((plan.width, plan.height)):
+        with self._speed.learning((plan.width, plan.height)) as lesson:
             self._loop.record(plan, together)
+        if lesson.learned:
+            self._learned.add((plan.width, plan.height, together))
 
     def _generate_one(self) -> Image.Image:
         recipe = self.recipe

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion.compiled import CompiledRegions, Compiling
+from diffusion.compiled import CompiledRegions, Compiling, Lesson
 from diffusion.errors import CompileError, DiffusionError
 from diffusion.float8 import Float8Layers, computes_float8
 from diffusion.fused import fuse_projections
@@ -55,13 +55,13 @@ class Speed:
             self._cover(denoiser, vae, self._compiling)
 
     @contextmanager
-    def learning(self, size: tuple[int, int]) -> Iterator[None]:
+    def learning(self, size: tuple[int, int]) -> Iterator[Lesson]:
         """Inside, what runs at this size is compiled or taken from caches, where that was asked for."""
         if self._regions is None or self._compiling is None or size not in self._compiling.sizes:
-            yield
+            yield Lesson(learned=False)
             return
-        with self._regions.learning():
-            yield
+        with self._regions.learning() as lesson:
+            yield lesson
 
     def _arrange(self, denoiser: Any, vae: Any) -> None:
         # Convolutions on tensor cores want the channels side by side; otherwise every one of them turns its input.
