@@ -1,8 +1,10 @@
 """Compiled regions: the same pictures, only for sizes that were learned, through refreshes, and never a failure."""
 
+import gc
 import io
 import re
 import tarfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -226,6 +228,33 @@ def test_the_key_differs_where_compiled_code_would(monkeypatch):
     keys.append(artifact_key(CPU, torch.float32))
 
     assert len(set(keys)) == 4
+
+
+def test_sizes_that_got_ready_are_not_kept_nor_what_kept_one_from_it(model):
+    class BrokenError(RuntimeError):
+        pass
+
+    failures: list[weakref.ref[BrokenError]] = []
+    wide = (96, 64)
+
+    def break_wide_ones(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].shape[-1] == wide[0] // 8:
+            error = BrokenError("too wide")
+            failures.append(weakref.ref(error))
+            raise error
+
+    pipeline = build(model, RECIPE)
+    pipeline.unet.register_forward_pre_hook(break_wide_ones)
+    compiling = Compiling(frozenset({wide, (64, 96)}), only_from_artifacts=True)
+    engine = Engine(pipeline, RECIPE, compiling=compiling)
+
+    engine.warm_up()
+    engine._loop.when_idle(lambda: None).result(60)  # after all that was left for later
+    gc.collect()
+
+    assert engine.getting_ready == ()
+    assert len(failures) == 1
+    assert failures[0]() is None
 
 
 class _Owner(nn.Module):
