@@ -1,7 +1,8 @@
 """Compiled regions: a denoiser's repeated blocks and a card's VAE decoder, as torch.compile makes them.
 
-Only shapes that were learned on purpose run compiled, and everything else as it would without: no request ever waits
-for a compiler, and whatever fails leaves the plain path. What was compiled can be taken to another machine of the same
+Only shapes that were learned on purpose run compiled, and everything else as it would without: no request sets a
+compiler off, and whatever fails leaves the plain path. Whoever has shapes learned sees to it that no request waits
+meanwhile. What was compiled can be taken to another machine of the same
 kind as bytes (`save_artifacts`, `load_artifacts`). Those bytes are code; whom to trust with that is the caller's
 business.
 """
@@ -74,6 +75,13 @@ def tally() -> Tally:
     )
 
 
+@dataclass
+class Lesson:
+    """What comes of `learning`: whether all that ran inside runs compiled from now on."""
+
+    learned: bool = True
+
+
 class CompiledRegions:
     """The regions of the denoiser and the VAE that `cover` names. They run as they are until a shape is learned.
 
@@ -112,15 +120,19 @@ class CompiledRegions:
         return sum(len(part.learned) for part in self._parts)
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Inside, a pass of a shape that is not known yet is compiled, or taken from torch's caches."""
+    def learning(self) -> Iterator[Lesson]:
+        """Inside, a pass of a shape that is not known yet is compiled, or taken from torch's caches.
+
+        What cannot be runs as it is, and the `Lesson` says so.
+        """
+        lesson = Lesson()
         for part in self._parts:
-            part.learning = True
+            part.lesson = lesson
         try:
-            yield
+            yield lesson
         finally:
             for part in self._parts:
-                part.learning = False
+                part.lesson = None
 
 
 class _Part:
@@ -130,7 +142,7 @@ class _Part:
         self, owner: nn.Module, method: str, regions: Sequence[nn.Module], how: Mapping[str, Any]
     ) -> None:
         self.owner = owner
-        self.learning = False
+        self.lesson: Lesson | None = None  # while there is something to learn
         self.learned: set[object] = set()
         self._refused: set[object] = set()
         self._name = type(owner).__name__
@@ -149,7 +161,9 @@ class _Part:
         if shapes in self.learned:
             # A guard that fails all the same makes it slower, never compiles.
             return self._run(call, "eager_on_recompile")
-        if not self.learning or shapes in self._refused:
+        if self.lesson is None or shapes in self._refused:
+            if self.lesson is not None:
+                self.lesson.learned = False
             self._switch(compiled=False)
             return call()
         reason = ""
@@ -169,6 +183,7 @@ class _Part:
         if not self._refused:
             logger.warning("%s runs without compiled code, as well as ever: %s", self._name, reason)
         self._refused.add(shapes)
+        self.lesson.learned = False
         self._switch(compiled=False)
         return call()
 

@@ -56,6 +56,7 @@ class DeviceLoop:
     Args:
         company_seconds: how long the first of the line waits for others to share its passes.
         weights_changed: called when models have taken turns, before the next pass.
+        graphs: of the denoiser's passes, for this thread alone while it is not paused.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class DeviceLoop:
         company: Company,
         company_seconds: float,
         weights_changed: Callable[[], None],
+        graphs: Graphs,
     ) -> None:
         self.models = {model.name: model}
         self.default = model.name
@@ -78,7 +80,7 @@ class DeviceLoop:
         self._line: Line[Wish] = Line()
         self._images: list[UnderWay] = []
         self._begun: set[Job[Wish]] = set()
-        self._graphs = Graphs(model.device)
+        self._graphs = graphs
         self._chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._at_a_chore = False
         self._pausing = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from threading import Event
@@ -21,6 +21,7 @@ from diffusion.compiled import Compiling
 from diffusion.denoising import is_guided
 from diffusion.device_loop import DeviceLoop
 from diffusion.errors import RequestError
+from diffusion.graphs import Graphs
 from diffusion.line import Job
 from diffusion.model import Model
 from diffusion.recipe import Recipe
@@ -91,12 +92,23 @@ class Engine:
         if on_cpu and compiling is not None:
             most = 1
         self._most = most
-        self._sizes = compiling.sizes if compiling is not None else frozenset()
+        self._compiling = compiling or Compiling(frozenset(), only_from_artifacts=True)
+        self._learned: set[tuple[int, int, int]] = set()
         self._getting_ready: list[Future[None]] = []
-        self._speed = Speed(self._device, float8=float8, compiling=compiling)
+        self._graphs = Graphs(self._device)
+        self._speed = Speed(
+            self._device,
+            float8=float8,
+            compiling=compiling,
+            forget_graphs=self._graphs.forget,
+        )
         self._speed.prepare(model.denoiser, pipeline.vae)
         self._loop = DeviceLoop(
-            model, Company(most, exact=on_cpu), batch_seconds, self._weights_changed(model)
+            model,
+            Company(most, exact=on_cpu),
+            batch_seconds,
+            self._weights_changed(model),
+            self._graphs,
         )
         weakref.finalize(self, self._loop.stop)
 
@@ -206,9 +218,14 @@ class Engine:
 
     def _serve(self, model: Model) -> None:
         """From now on, in the place of the only one there is."""
+        old = self._loop.models[model.name]
         self._loop.models[model.name] = model
         self._loop.shelf = Shelf(model, self._weights_changed(model))
         self._speed.prepare(model.denoiser, model.pipeline.vae)
+        if model.denoiser is not old.denoiser:
+            # Its tensors lie elsewhere: graphs would go on reading those of the one before, and keep them.
+            self._graphs.forget()
+            self._get_ready_later(self._sizes())
 
     def _weights_changed(self, model: Model) -> Callable[[], None]:
         return partial(self._speed.prepare, model.denoiser, model.pipeline.vae)
@@ -266,27 +283,68 @@ class Engine:
     def warm_up(self) -> float:
         """Have the native size ready, so that no caller pays for its first use; returns the seconds that took.
 
-        On a card the other sizes, and batches, are made ready later, whenever there is no request (`getting_ready`); on
-        a CPU those are that are to run compiled.
+        Whatever is to be compiled here is compiled before it returns, batch by batch: requests never wait for that. On
+        a card the other sizes, and batches, are made ready later, whenever there is no request (`getting_ready`); on a
+        CPU those are that run compiled.
         """
         started = time.perf_counter()
         native = self.recipe.native_size
         self._generate_one()
-        sizes = sorted(self._sizes)
         if self._device.type == "cuda":
-            self._speed.try_float8(self._generate_one)
-            sizes = [size_for(ratio, native) for ratio in ASPECT_RATIOS] + sizes
-        if sizes:
-            self._when_idle(native, native, 1).exception()
-        for width, height in dict.fromkeys(sizes):
-            for together in range(1, self._most + 1):
-                self._getting_ready.append(self._when_idle(width, height, together))
+            default_steps = self.recipe.default_steps
+            self._speed.try_float8(partial(self._generate_one, default_steps))
+        sizes = self._sizes()
+        at_once = [(native, native, 1)] if sizes else []
+        if not self._compiling.only_from_artifacts:
+            compiled = self._in_batches(sorted(self._compiling.sizes))
+            at_once = list(dict.fromkeys(at_once + compiled))
+        for number, what in enumerate(at_once, 1):
+            self._when_idle(*what).exception()
+            if not self._compiling.only_from_artifacts:
+                logger.info(
+                    "Compiling: done with %d of %d sizes and batches after %.0f s.",
+                    number,
+                    len(at_once),
+                    time.perf_counter() - started,
+                )
+        self._get_ready_later(sizes, but=at_once)
         return time.perf_counter() - started
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Those that are made ready before anybody asks for them."""
+        native = self.recipe.native_size
+        on_card = self._device.type == "cuda"
+        usual = [size_for(ratio, native) for ratio in ASPECT_RATIOS] if on_card else []
+        return list(dict.fromkeys(usual + sorted(self._compiling.sizes)))
+
+    def _get_ready_later(
+        self,
+        sizes: Iterable[tuple[int, int]],
+        but: Sequence[tuple[int, int, int]] = (),
+    ) -> None:
+        for what in self._in_batches(sizes):
+            if what not in but:
+                later = self._when_idle(*what)
+                self._getting_ready.append(later)
+                # Nobody asks for what is done.
+                later.add_done_callback(self._getting_ready.remove)
+
+    def _in_batches(self, sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        return [(*size, together) for size in sizes for together in range(1, self._most + 1)]
 
     @property
     def getting_ready(self) -> tuple[Future[None], ...]:
-        """What `warm_up` has left for later: one for each size and batch, done once that is ready, well or not."""
+        """What `warm_up` has left for later, and is not done yet: one for each size and batch."""
         return tuple(self._getting_ready)
+
+    @property
+    def compiled(self) -> frozenset[tuple[int, int]]:
+        """Those of the sizes to be compiled that `warm_up`, and what it left for later, have: in every batch."""
+        return frozenset(
+            size
+            for size in self._compiling.sizes
+            if self._learned.issuperset(self._in_batches([size]))
+        )
 
     def _when_idle(self, width: int, height: int, together: int) -> Future[None]:
         request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
@@ -296,17 +354,19 @@ class Engine:
         return done
 
     def _make_ready(self, plan: Plan, together: int) -> None:
-        with self._speed.learning((plan.width, plan.height)):
+        with self._speed.learning((plan.width, plan.height)) as lesson:
             self._loop.record(plan, together)
+        if lesson.learned:
+            self._learned.add((plan.width, plan.height, together))
 
-    def _generate_one(self) -> Image.Image:
+    def _generate_one(self, steps: int | None = None) -> Image.Image:
         recipe = self.recipe
         request = GenerationRequest(
             prompt="warm-up",
             width=recipe.native_size,
             height=recipe.native_size,
             # One step runs every kernel there is, where the checkpoint can do one.
-            steps=1 if recipe.steps is None else min(recipe.steps),
+            steps=steps or (1 if recipe.steps is None else min(recipe.steps)),
             seed=0,
         )
         (made,) = self.generate(request)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion.compiled import CompiledRegions, Compiling
+from diffusion.compiled import CompiledRegions, Compiling, Lesson
 from diffusion.float8 import Float8Layers, computes_float8
 from diffusion.fused import fuse_projections
 
@@ -70,13 +70,13 @@ class Speed:
             self._cover(denoiser, vae, self._compiling)
 
     @contextmanager
-    def learning(self, size: tuple[int, int]) -> Iterator[None]:
+    def learning(self, size: tuple[int, int]) -> Iterator[Lesson]:
         """Inside, what runs at this size is compiled or taken from caches, where that was asked for."""
         if self._regions is None or self._compiling is None or size not in self._compiling.sizes:
-            yield
+            yield Lesson(learned=False)
             return
-        with self._regions.learning():
-            yield
+        with self._regions.learning() as lesson:
+            yield lesson
 
     def _take_up(self, denoiser: Any) -> None:
         # Once, whatever comes of it. Layers that are switched on would hold the old weights, and be held by them.

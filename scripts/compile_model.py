@@ -14,10 +14,11 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
@@ -25,7 +26,7 @@ sys.path.insert(
 
 from checks import check_bucket_name, check_model_path
 from compiling import BLOB_NAME
-from diffusion.errors import DiffusionError
+from diffusion.errors import CompileError, DiffusionError
 from diffusion.recipe import Recipe
 from diffusion.sizes import ASPECT_RATIOS, size_for
 from loading import load
@@ -38,9 +39,6 @@ from weights import Bucket, Manifest, ModelNotFoundError, WeightsError, read_lat
 from weights.artifacts import AGAIN, publish_artifacts, read_artifacts
 from weights.manifest import is_version
 from weights.waterfall import ColdStart
-
-if TYPE_CHECKING:
-    from diffusion.engine import Engine
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # Of a server's own variables, those that what it compiles depends on; and those that say who we are to the bucket.
@@ -160,9 +158,9 @@ def _run(settings: RunnerSettings, options: argparse.Namespace) -> dict[str, Any
         "model": options.model_path,
         "version": version,
         "key": key,
-        "sizes": [f"{width}x{height}" for width, height in sizes],
+        "sizes": [_named([size]) for size in sizes],
     }
-    say(f"{place}\nfor {key}\nsizes: {', '.join(document['sizes'])}")
+    say(f"{place}\nfor {key}\nsizes: {_named(sizes)}")
     if options.dry_run:
         there = _is_there(bucket, options.model_path, version, key)
         say(
@@ -201,25 +199,27 @@ def _run(settings: RunnerSettings, options: argparse.Namespace) -> dict[str, Any
 
 
 def _compile(settings: RunnerSettings, sizes: list[Size]) -> bytes:
-    """Load the model as a server does, have every size run once, and take what came of it."""
+    """Load the model as a server does, have every size run once, and take what came of it.
+
+    Raises CompileError when a size did not compile: what is published is all of what it says, and what may be there
+    already could be more.
+    """
     from diffusion.compiled import Compiling, save_artifacts
 
     print("compiling, which takes a minute or more for each size", file=sys.stderr)
     wanted = Compiling(frozenset(sizes), only_from_artifacts=False)
     engine = load(settings, ColdStart(), lambda: None, compiling=lambda _recipe: wanted)
-    _await(engine)
+    failed = [size for size in sizes if size not in engine.compiled]
+    if failed:
+        raise CompileError(
+            f"{_named(failed)} did not compile, and nothing was published. The lines above say why. Leave what fails "
+            f"out of --sizes to publish the others ({_named(sorted(engine.compiled)) or 'none'})."
+        )
     return save_artifacts()
 
 
-def _await(engine: Engine) -> None:
-    ready = engine.getting_ready
-    started = time.monotonic()
-    for number, done in enumerate(ready, 1):
-        done.exception()  # which the log has told of
-        print(
-            f"size or batch {number} of {len(ready)} after {time.monotonic() - started:.0f} s",
-            file=sys.stderr,
-        )
+def _named(sizes: Iterable[Size]) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
 
 
 def _sizes(manifest: Manifest, ratios: tuple[str, ...]) -> list[Size]:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from queue import Queue
 from threading import Event
 
 import numpy as np
@@ -104,12 +105,14 @@ def test_a_request_joins_one_that_is_halfway(model):
     (expected,) = pictures(engine_of(model, GUIDED).submit(late))
     with gathered(engine, dataclasses.replace(REQUEST, steps=9)) as (passes, first):
         joining = engine.submit(late)
+        ended: Queue[str] = Queue()
+        for name, generation in (("first", first), ("late", joining)):
+            generation.images[0].add_done_callback(lambda _, name=name: ended.put(name))
         passes.go_on.set()
+        order = [ended.get(timeout=WAIT) for _ in range(2)]
         (joined,) = pictures(joining)
 
-        assert not first.images[0].done()
-        first.images[0].result(WAIT)
-
+    assert order == ["late", "first"]
     # Where three steps are compared with each alone first, they take two passes more.
     assert passes.rows.count(4) == 3
     np.testing.assert_array_equal(joined, expected)

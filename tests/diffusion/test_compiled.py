@@ -1,8 +1,10 @@
 """Compiled regions: the same pictures, only for sizes that were learned, through refreshes, and never a failure."""
 
+import gc
 import io
 import re
 import tarfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import nn
 from demo.small_sdxl import write_small_sdxl
 from diffusion.compiled import (
     Compiling,
+    Lesson,
     _Part,
     artifact_key,
     load_artifacts,
@@ -105,6 +108,30 @@ class TestCompiled:
         assert tally() == before
         assert len(denoiser_part(made.engine).learned) == 1
 
+    def test_a_size_that_does_not_compile_is_not_among_those_that_did(
+        self, model, plain, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        pipeline = build(model, RECIPE)
+
+        def break_wide_ones(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            if arguments[0].shape[1] % 3 == 0:  # the tokens of 96x64, at every depth
+                torch._dynamo.graph_break()
+
+        for module in pipeline.unet.modules():
+            if type(module).__name__ == "BasicTransformerBlock":
+                module.register_forward_pre_hook(break_wide_ones)
+        wide = (96, 64)
+        engine = Engine(
+            pipeline, RECIPE, compiling=Compiling(SIZES | {wide}, only_from_artifacts=False)
+        )
+
+        engine.warm_up()
+
+        assert engine.compiled == SIZES
+        assert engine.getting_ready == ()
+        np.testing.assert_array_equal(image(engine, width=96), image(plain, width=96))
+
     def test_a_new_version_runs_on_the_same_code(self, made, tmp_path):
         update = write_small_sdxl(tmp_path / "update", seed=1)
         cached = Compiling(SIZES, only_from_artifacts=True)
@@ -126,6 +153,7 @@ class TestCompiled:
         engine = warmed(model, Compiling(SIZES, only_from_artifacts=True))
 
         assert len(denoiser_part(engine).learned) == 1
+        assert engine.compiled == SIZES
         assert tally().made == before.made
         assert {path.name for path in tmp_path.rglob("*.so")} == {
             path.name for path in made.cache.rglob("*.so")
@@ -143,6 +171,7 @@ class TestCompiled:
         assert "UNet2DConditionModel runs without compiled code" in line
         assert "Publish them again with scripts/compile_model.py" in line
         assert tally() == before
+        assert engine.compiled == frozenset()
         np.testing.assert_array_equal(image(engine), image(plain))
 
 
@@ -201,6 +230,33 @@ def test_the_key_differs_where_compiled_code_would(monkeypatch):
     assert len(set(keys)) == 4
 
 
+def test_sizes_that_got_ready_are_not_kept_nor_what_kept_one_from_it(model):
+    class BrokenError(RuntimeError):
+        pass
+
+    failures: list[weakref.ref[BrokenError]] = []
+    wide = (96, 64)
+
+    def break_wide_ones(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].shape[-1] == wide[0] // 8:
+            error = BrokenError("too wide")
+            failures.append(weakref.ref(error))
+            raise error
+
+    pipeline = build(model, RECIPE)
+    pipeline.unet.register_forward_pre_hook(break_wide_ones)
+    compiling = Compiling(frozenset({wide, (64, 96)}), only_from_artifacts=True)
+    engine = Engine(pipeline, RECIPE, compiling=compiling)
+
+    engine.warm_up()
+    engine._loop.when_idle(lambda: None).result(60)  # after all that was left for later
+    gc.collect()
+
+    assert engine.getting_ready == ()
+    assert len(failures) == 1
+    assert failures[0]() is None
+
+
 class _Owner(nn.Module):
     """A denoiser of which a test decides how its next calls end."""
 
@@ -217,12 +273,13 @@ class _Owner(nn.Module):
 def test_a_pass_that_cannot_be_compiled_runs_plainly_and_is_not_tried_again(caplog):
     owner = _Owner(RuntimeError("no compiler\nand pages of detail"))
     part = _Part(owner, "forward", [], {})
-    part.learning = True
+    part.lesson = lesson = Lesson()
 
     results = [owner(torch.zeros(2)) for _ in range(2)]
 
     assert all(torch.equal(result, torch.ones(2)) for result in results)
     assert part.learned == set()
+    assert not lesson.learned
     (line,) = caplog.messages
     assert line.endswith("without compiled code, as well as ever: no compiler")
 
@@ -230,7 +287,7 @@ def test_a_pass_that_cannot_be_compiled_runs_plainly_and_is_not_tried_again(capl
 def test_running_out_of_memory_is_no_reason_to_give_compiled_code_up():
     owner = _Owner(torch.OutOfMemoryError("the card is full"))
     part = _Part(owner, "forward", [], {})
-    part.learning = True
+    part.lesson = Lesson()
 
     with pytest.raises(torch.OutOfMemoryError):
         owner(torch.zeros(2))
@@ -241,10 +298,23 @@ def test_running_out_of_memory_is_no_reason_to_give_compiled_code_up():
 
 def test_shapes_and_dtypes_tell_passes_apart_wherever_they_stand():
     part = _Part(_Owner(), "forward", [], {})
-    part.learning = True
+    part.lesson = lesson = Lesson()
     calls = [torch.zeros(2), torch.ones(2), torch.zeros(3), torch.zeros(2, dtype=torch.float16)]
 
     for sample in calls:
         part.owner(sample=sample)
 
     assert len(part.learned) == 3
+    assert lesson.learned
+
+
+def test_a_pass_that_was_refused_once_is_still_not_learned_the_next_time():
+    owner = _Owner(RuntimeError("no compiler"))
+    part = _Part(owner, "forward", [], {})
+    part.lesson = Lesson()
+    owner(torch.zeros(2))
+
+    part.lesson = again = Lesson()
+    owner(torch.zeros(2))
+
+    assert not again.learned

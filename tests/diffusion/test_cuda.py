@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.compiled import Compiling
+from diffusion.compiled import Compiling, tally
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import OutOfMemoryError
 from diffusion.float8 import computes_float8
@@ -217,3 +217,19 @@ def test_compiled_regions_run_inside_graphs_and_come_out_of_torchs_caches(
         assert len(engine._loop._graphs) >= 1
         (ours,) = engine.generate(REQUEST)
         assert psnr(pixels(ours.image), pixels(expected.image)) >= 35
+
+
+@pytest.mark.timeout(600)
+def test_no_batch_of_what_is_compiled_here_is_left_for_later(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiling = Compiling(frozenset({(256, 256)}), only_from_artifacts=False)
+    pipeline = build(model, dtype=torch.bfloat16, device="cuda")
+    engine = Engine(pipeline, LIGHTNING, batch_size=2, compiling=compiling)
+
+    engine.warm_up()
+
+    assert engine.compiled == compiling.sizes
+    before = tally()
+    for done in engine.getting_ready:
+        done.exception(300)
+    assert tally() == before

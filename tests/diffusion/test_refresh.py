@@ -1,16 +1,10 @@
-"""A new version takes over: the images of a fresh engine, the memory of the old one, and no request dropped."""
+"""A new version takes over: the images of a fresh engine in the memory of the old one, or nothing at all."""
 
-import dataclasses
 import gc
-import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from mmap import mmap
-from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -19,112 +13,30 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from demo.small_sdxl import write_small_sdxl
 from diffusion import refresh
 from diffusion.components import build_module
-from diffusion.engine import Engine, GenerationRequest
-from diffusion.errors import BusyError, ModelError, RequestError
+from diffusion.errors import ModelError, RequestError
 from diffusion.fitting import Fit
-from diffusion.recipe import SDXL, Recipe, SchedulerRecipe
-from diffusion.refresh import Staged, stage
+from diffusion.recipe import SDXL, SchedulerRecipe
+from tests.diffusion.refreshing import (
+    REQUEST,
+    assert_same_images,
+    assert_same_tensors,
+    images,
+    places,
+    serve,
+    staged,
+)
 from tests.diffusion.support import (
     GUIDED,
     LIGHTNING,
     Tensor,
     build,
     edited,
-    pixels,
     read_configs,
     read_tensors,
     renamed,
 )
-
-REQUEST = GenerationRequest(prompt="a small red boat", width=64, height=64, steps=2, seed=3)
-
-
-@pytest.fixture(scope="module")
-def update(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another version of `model`: the same configs, other weights."""
-    return write_small_sdxl(tmp_path_factory.mktemp("small-sdxl-update"), seed=1)
-
-
-def serve(
-    folder: Path, recipe: Recipe = LIGHTNING, version: str = "old", **build_as: Any
-) -> Engine:
-    return Engine(build(folder, recipe, **build_as), recipe, version)
-
-
-def staged(folder: Path, recipe: Recipe = LIGHTNING, **changes: Any) -> Staged:
-    given = {"configs": read_configs(folder), "tensors": read_tensors(folder)} | changes
-    return stage(given["configs"], given["tensors"], recipe, "new")
-
-
-def images(engine: Engine, **changes: Any) -> list[np.ndarray]:
-    return [pixels(made.image) for made in engine.generate(replace(REQUEST, **changes))]
-
-
-def assert_same_images(engine: Engine, other: Engine, **changes: Any) -> None:
-    for request in (changes, {"prompt": "猫", "seed": 9, "width": 96, **changes}):
-        for mine, theirs in zip(images(engine, **request), images(other, **request), strict=True):
-            np.testing.assert_array_equal(mine, theirs)
-
-
-def tensors_of(engine: Engine) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}: {name}": tensor
-        for part in SDXL.modules
-        for name, tensor in (
-            *getattr(engine._pipeline, part).named_parameters(),
-            *getattr(engine._pipeline, part).named_buffers(),
-        )
-    }
-
-
-def assert_same_tensors(engine: Engine, other: Engine) -> None:
-    mine, theirs = tensors_of(engine), tensors_of(other)
-    assert mine.keys() == theirs.keys()
-    for name, tensor in mine.items():
-        assert tensor.dtype == theirs[name].dtype, name
-        assert torch.equal(tensor, theirs[name]), name
-        assert not tensor.requires_grad
-
-
-def places(engine: Engine, part: str = "") -> dict[str, int]:
-    return {
-        name: tensor.data_ptr()
-        for name, tensor in tensors_of(engine).items()
-        if name.startswith(part and f"{part}: ")
-    }
-
-
-def await_closed(engine: Engine) -> None:
-    deadline = time.monotonic() + 30
-    while not engine._loop.pausing:
-        assert time.monotonic() < deadline
-
-
-@dataclass(frozen=True)
-class Held:
-    """The device in the middle of a step, until it may go on."""
-
-    reached: Event
-    go_on: Event
-
-
-@contextmanager
-def held(engine: Engine) -> Iterator[Held]:
-    device = Held(Event(), Event())
-
-    def hold(*_: object) -> None:
-        device.reached.set()
-        assert device.go_on.wait(120)
-
-    hook = engine._pipeline.unet.register_forward_hook(hold)
-    try:
-        yield device
-    finally:
-        device.go_on.set()
-        hook.remove()
 
 
 def drawn_for(configs: dict[str, bytes], part: str) -> Iterator[Tensor]:
@@ -330,135 +242,6 @@ def test_staged_tensors_are_let_go_one_by_one(model, update):
     total = len(list(read_tensors(update)))
     assert copies.alive == list(range(total, 0, -1))
     assert len(alive) == 0
-
-
-# Requests meanwhile
-
-
-def test_a_request_under_way_ends_with_its_version_and_the_next_one_has_the_new(model, update):
-    engine = serve(model)
-    of_old, of_new = (images(serve(folder), num_outputs=3) for folder in (model, update))
-    waiting = staged(update)
-    request = replace(REQUEST, num_outputs=3)
-    later = engine.generate(request)
-
-    with ThreadPoolExecutor(3) as pool, held(engine) as device:
-        under_way = pool.submit(list, engine.generate(request))
-        assert device.reached.wait(60)
-        swap = pool.submit(engine.replace, waiting)
-        await_closed(engine)
-        # It was checked before, but has no image yet, so it is the new version's.
-        afterwards = pool.submit(list, later)
-        device.go_on.set()
-        made = under_way.result(200)
-        assert swap.result(200) > 0
-        new = afterwards.result(200)
-
-    assert [image.version for image in made] == ["old"] * 3
-    assert [image.version for image in new] == ["new"] * 3
-    for ours, expected in ((made, of_old), (new, of_new)):
-        for image, other in zip(ours, expected, strict=True):
-            np.testing.assert_array_equal(pixels(image.image), other)
-
-
-def test_a_request_that_had_not_begun_is_asked_of_the_new_recipe(model, update):
-    engine = serve(model)
-    waiting = engine.generate(replace(REQUEST, steps=2))
-    open_steps = engine.generate(replace(REQUEST, steps=None))
-
-    engine.replace(staged(update, LIGHTNING.model_copy(update={"steps": (1,), "default_steps": 1})))
-
-    with pytest.raises(RequestError, match="num_inference_steps is 2"):
-        list(waiting)
-    (made,) = open_steps
-    assert (made.steps, made.version) == (1, "new")
-
-
-def test_a_request_dropped_or_cancelled_halfway_does_not_keep_the_new_version_out(model, update):
-    engine, cancelled = serve(model), Event()
-    request = replace(REQUEST, num_outputs=4)
-    dropped, closed, ended = (engine.generate(request, cancelled) for _ in range(3))
-    for iterator in (dropped, closed, ended):
-        next(iterator)
-
-    del dropped, iterator
-    closed.close()
-    cancelled.set()
-    assert list(ended) == []
-
-    # The device may be in a step of theirs, and they leave after it.
-    assert engine.replace(staged(update), patience=60.0) > 0
-
-
-def test_a_request_that_fails_does_not_keep_the_new_version_out(model, update):
-    engine = serve(model)
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("something else")
-
-    hook = engine._pipeline.unet.mid_block.register_forward_hook(fail)
-    failing = engine.generate(replace(REQUEST, num_outputs=2))
-    with pytest.raises(RuntimeError, match="something else"):
-        next(failing)
-    hook.remove()
-
-    assert engine.replace(staged(update), patience=0.0) > 0
-
-
-def test_the_last_image_is_handed_out_with_the_model_given_back(model, update):
-    engine = serve(model)
-    request = engine.generate(replace(REQUEST, num_outputs=2))
-    next(request), next(request)
-
-    assert engine.replace(staged(update), patience=0.0) > 0
-
-
-def test_requests_without_end_do_not_keep_the_new_version_out(model, update):
-    engine, stop = serve(model), Event()
-    expected = {
-        version: images(serve(folder), num_outputs=2)
-        for version, folder in (("old", model), ("new", update))
-    }
-
-    def ask_again_and_again() -> list[list[Any]]:
-        answers = []
-        while not stop.is_set():
-            answers.append(list(engine.generate(replace(REQUEST, num_outputs=2))))
-        return answers
-
-    with ThreadPoolExecutor(3) as pool:
-        callers = [pool.submit(ask_again_and_again) for _ in range(3)]
-        try:
-            for version, folder in (("new", update), ("old", model)):
-                waiting = dataclasses.replace(staged(folder), version=version)
-                engine.replace(waiting, patience=200)
-        finally:
-            stop.set()
-        answers = [answer for caller in callers for answer in caller.result(200)]
-
-    assert len(answers) >= 3
-    for answer in answers:
-        (version,) = {image.version for image in answer}
-        for image, other in zip(answer, expected[version], strict=True):
-            np.testing.assert_array_equal(pixels(image.image), other)
-
-
-def test_a_request_that_takes_too_long_leaves_the_old_version_and_it_can_be_tried_again(
-    model, update
-):
-    engine, waiting = serve(model), staged(update)
-
-    with ThreadPoolExecutor(1) as pool, held(engine) as device:
-        under_way = pool.submit(list, engine.generate(replace(REQUEST, num_outputs=2)))
-        assert device.reached.wait(60)
-        with pytest.raises(BusyError, match="try again"):
-            engine.replace(waiting, patience=0.0)
-        device.go_on.set()
-        assert [image.version for image in under_way.result(200)] == ["old"] * 2
-
-    assert_same_images(engine, serve(model))
-    engine.replace(waiting)
-    assert_same_images(engine, serve(update))
 
 
 # New versions that are wrong

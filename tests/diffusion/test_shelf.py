@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
+from queue import Queue
 from threading import Event
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_requests_are_grouped_by_model_but_nobody_waits_for_ever(model, other, m
         monkeypatch.setattr(device_loop, "SWITCHES_IN_A_TURN", 0)
         engine = Engine(build(model), LIGHTNING, name="one", batch_size=1)
         engine.add_model("two", staged(other))
-        served: list[str] = []
+        served: Queue[str] = Queue()
         begun, go_on = Event(), Event()
 
         def hold(*_: object) -> None:
@@ -127,13 +128,15 @@ def test_requests_are_grouped_by_model_but_nobody_waits_for_ever(model, other, m
         assert begun.wait(WAIT)
         for name in ("two", "one", "two", "one"):
             generation = engine.submit(dataclasses.replace(REQUEST, model=name))
-            generation.images[0].add_done_callback(lambda _, name=name: served.append(name))
+            generation.images[0].add_done_callback(lambda _, name=name: served.put(name))
             generations.append(generation)
         go_on.set()
+        # A future's `result` may return before its callbacks have run.
+        order = [served.get(timeout=WAIT) for _ in range(4)]
+        hook.remove()
         for generation in generations:
             generation.images[0].result(WAIT)
-        hook.remove()
-        return served
+        return order
 
     assert order_of_service(shortest_turn=WAIT) == ["one", "one", "two", "two"]
     assert order_of_service(shortest_turn=0.0) == ["two", "one", "two", "one"]

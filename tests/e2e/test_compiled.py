@@ -26,6 +26,15 @@ from weights.artifacts import ARTIFACTS_FOLDER, read_artifacts
 pytestmark = [pytest.mark.system_program("g++"), pytest.mark.slow, pytest.mark.timeout(600)]
 
 REQUEST = {"prompt": "a small red boat", "seed": 3}
+# That is 22 times 12 tokens, or 11 times 6 further down, and torch writes such numbers into the C++ it makes.
+CRASHES_ON_352X192 = """#!/bin/sh
+for argument; do
+    case "$argument" in
+        *.cpp) grep -qE '[^0-9](264|66)L' "$argument" && exit 1 ;;
+    esac
+done
+exec g++ "$@"
+"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,9 @@ class Compiled:
             return {Path(name).name for name in opened.getnames() if name.endswith(".so")}
 
 
-def compile_model(deployment: Deployment, *arguments: str) -> subprocess.CompletedProcess[str]:
+def compile_model(
+    deployment: Deployment, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the owner's command with the rights that iam/model-publisher.json gives, and no others."""
     policy = json.loads((REPOSITORY / "iam" / "model-publisher.json").read_text())
     names = {"model_bucket": deployment.models, "image_bucket": deployment.images}
@@ -60,6 +71,7 @@ def compile_model(deployment: Deployment, *arguments: str) -> subprocess.Complet
             "PATH": os.environ["PATH"],
             "OMP_NUM_THREADS": "1",
             **deployment.s3.environment(publisher),
+            **environment,
         },
         capture_output=True,
         text=True,
@@ -175,6 +187,26 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(compiled):
     assert "it would be replaced there" in ran.stdout
     records = compiled.deployment.s3.requests(compiled.deployment.models)
     assert {record.method for record in records} == {"GET"}
+
+
+def test_a_size_that_does_not_compile_is_named_and_what_is_there_stays(compiled, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text(CRASHES_ON_352X192)
+    compiler.chmod(0o755)
+    libraries = compiled.libraries
+    compiled.deployment.s3.forget_requests()
+
+    ran = compile_model(
+        compiled.deployment, "--sizes", "16:9", "--json", CXX=str(compiler), BATCH_SIZE="2"
+    )
+
+    assert ran.returncode == 1
+    error = json.loads(ran.stdout)["error"]
+    assert error.startswith("352x192 did not compile, and nothing was published")
+    assert "publish the others (256x256)" in error
+    records = compiled.deployment.s3.requests(compiled.deployment.models)
+    assert {record.method for record in records} == {"GET"}
+    assert compiled.libraries == libraries
 
 
 def test_a_model_that_is_not_there_is_named(compiled):

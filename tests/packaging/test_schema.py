@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from scripts import generate_schema
-from scripts.generate_schema import SchemaError, generate
+from scripts.generate_schema import generate
+from scripts.runner_source import SchemaError
 
 ROOT = Path(__file__).resolve().parents[2]
 
