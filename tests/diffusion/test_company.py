@@ -113,8 +113,8 @@ def test_a_request_joins_one_that_is_halfway(model):
         (joined,) = pictures(joining)
 
     assert order == ["late", "first"]
-    # Where three steps are compared with each alone first, they take two passes more.
-    assert passes.rows.count(4) == 3
+    # Three steps; the first pass of a kind is made once more, to learn from.
+    assert passes.rows.count(4) == 3 + 1
     np.testing.assert_array_equal(joined, expected)
 
 
@@ -135,7 +135,7 @@ def test_who_leaves_makes_room_and_the_others_go_on(model):
         hook.remove()
 
     assert leaving.images[0].cancelled()
-    assert passes.rows.count(4) == 1
+    assert passes.rows.count(4) == 1 + 1  # to learn from
     np.testing.assert_array_equal(made, expected)
 
 
@@ -215,3 +215,53 @@ def test_a_group_that_is_full_does_not_wait(model):
     made = pictures(engine.submit(dataclasses.replace(REQUEST, num_outputs=4)))
 
     assert len(made) == 4
+
+
+def test_calls_that_come_out_alike_are_made_for_all_at_once_and_others_are_not():
+    # The first layer here is one kernel for any number of rows; the second chooses by how many there are.
+    calls: list[int] = []
+
+    def counting(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(len(rows))
+        return rows @ weight.T + (1e-7 * len(rows) if weight is differs else 0.0)
+
+    alike, differs = torch.eye(4), torch.ones(8, 4)
+    company = Company(4, exact=True)
+    inputs = [
+        {"sample": torch.arange(4.0)[None] + n, "timestep": torch.tensor(9)} for n in range(3)
+    ]
+
+    def predict(batch: dict[str, torch.Tensor], alone: bool) -> torch.Tensor:
+        rows = torch.nn.functional.linear(batch["sample"], alike)
+        return torch.nn.functional.linear(rows, differs)
+
+    original = torch.nn.functional.linear
+    expected = [own["sample"] @ alike.T @ differs.T + 1e-7 for own in inputs]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.nn.functional, "linear", _Overridable(counting))
+        patched.setattr(
+            "diffusion.company._CHOOSE_BY_SHAPE", frozenset({torch.nn.functional.linear})
+        )
+        company.predict(predict, inputs, ("any",), 1)
+        calls.clear()
+        made = company.predict(predict, inputs, ("any",), 1)
+    assert torch.nn.functional.linear is original
+
+    assert calls == [3, 1, 1, 1]
+    assert company.most == 4
+    for mine, own in zip(made, expected, strict=True):
+        assert torch.equal(mine, own)
+
+
+class _Overridable:
+    """A function that torch lets its modes see, as it does its own."""
+
+    def __init__(self, function) -> None:
+        self._function = function
+
+    def __call__(self, *args):
+        from torch.overrides import handle_torch_function, has_torch_function
+
+        if has_torch_function(args):
+            return handle_torch_function(self, args, *args)
+        return self._function(*args)
