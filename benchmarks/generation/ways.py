@@ -75,7 +75,14 @@ class Ours:
             done.exception()
 
     def add_second_model(self, name: str) -> None:
-        """Have it serve the same weights under another name too."""
+        """Have it serve a second model of the same size, of which no tensor is the first one's."""
+        from loading import on_a_passing_thread
+
+        on_a_passing_thread(lambda: self._add_second_model(name))
+
+    def _add_second_model(self, name: str) -> None:
+        import torch
+
         from diffusion.recipe import Recipe
         from diffusion.refresh import stage
         from weights import ReadOptions, open_model
@@ -84,6 +91,10 @@ class Ours:
         with open_model(None, MODEL_PATH, None, options=options) as stream:
             recipe = Recipe.model_validate(stream.recipe)
             staged = stage(stream.configs(), stream.tensors(), recipe, stream.version)
+        with torch.no_grad():
+            for part in recipe.architecture.modules:
+                for parameter in getattr(staged.pipeline, part).parameters():
+                    parameter.mul_(1.01)
         self._engine.add_model(name, staged)
 
 

@@ -35,6 +35,7 @@ PAGE = (REPOSITORY / "docs" / "baking.md").read_text(encoding="utf-8")
 CODE = [
     "predict.py",
     "loading.py",
+    "checks.py",
     "compiling.py",
     "events.py",
     "settings.py",
