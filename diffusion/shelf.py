@@ -86,9 +86,16 @@ class Shelf:
     def put(self, held: OnShelf) -> None:
         """Let it take its turns; in the place of another version, also on the device, where there is one."""
         name = held.model.name
+        before = self._waiting.get(name)
         self._waiting[name] = held.tensors
-        if name == self.loaded:
+        if name != self.loaded or before is None:
+            return
+        try:
             self._copy(name)
+        except BaseException:
+            # The version before goes on, and is copied back when its turn comes.
+            self._waiting[name] = before
+            raise
 
     def bring(self, name: str) -> None:
         """Have the model `name` on the device; `seconds` is then what that took, if it was not there."""

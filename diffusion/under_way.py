@@ -65,7 +65,7 @@ class UnderWay:
 
     def tell(self) -> None:
         """Say that a step is done, unless nobody asked, nobody waits any more, or it failed."""
-        if self.watching is not None and self.job.open and not self.job.cancelled.is_set():
+        if self.watching is not None and self.job.open and not self.job.left:
             denoising = self.denoising
             self.watching.after_step(denoising.step, len(denoising.timesteps), denoising.latents)
 

@@ -208,17 +208,18 @@ def test_a_switch_has_a_stage_of_its_own(model, other, caplog):
     assert made.timings["switch"] > 0
 
 
+class Full(torch.Tensor):
+    """A place on the device with no room for what a copy takes."""
+
+    def copy_(self, *_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+
 def test_a_switch_that_fails_halfway_fails_its_request_and_mixes_nothing(model, other):
     engine = both(model, other)
     expected = {"one": alone(model), "two": alone(other)}
     places = engine._loop.shelf._places
     key = [key for key in places if key.startswith("unet: ")][50]
-
-    class Full(torch.Tensor):
-        """A place on the device with no room for what a copy takes."""
-
-        def copy_(self, *_: object, **__: object) -> torch.Tensor:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     room = places[key]
     places[key] = room.as_subclass(Full)
@@ -260,3 +261,20 @@ def test_what_waits_lies_as_its_place_does_and_in_one_piece(model, other):
     own = [tensor for key, tensor in waiting.items() if tensor is not shelf._waiting["one"][key]]
     assert len({tensor.untyped_storage().data_ptr() for tensor in own}) == 1
     assert all(tensor.data_ptr() % 64 == 0 for tensor in own)
+
+
+def test_a_new_version_that_fails_halfway_leaves_the_old_one_whole(model, other, third):
+    engine = both(model, other)
+    image(engine, "two")
+    places = engine._loop.shelf._places
+    key = [key for key in places if key.startswith("unet: ")][50]
+
+    room = places[key]
+    places[key] = room.as_subclass(Full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        engine.replace(staged(third, version="v2"), name="two")
+    places[key] = room
+
+    assert engine.version_of("two") == "v1"
+    np.testing.assert_array_equal(image(engine, "two"), alone(other))
+    np.testing.assert_array_equal(image(engine, "one"), alone(model))
