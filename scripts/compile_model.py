@@ -42,7 +42,8 @@ from weights.waterfall import ColdStart
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # Of a server's own variables, those that what it compiles depends on; and those that say who we are to the bucket.
-OF_A_SERVER = ("DEVICE", "DTYPE", "FLOAT8", "BATCH_SIZE")
+# Weights may lie in a folder here as they do there: with the pinned version in it nothing else is read.
+OF_A_SERVER = ("DEVICE", "DTYPE", "FLOAT8", "BATCH_SIZE", "MODEL_FOLDER")
 
 Size = tuple[int, int]
 

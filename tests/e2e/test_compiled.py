@@ -106,6 +106,25 @@ def asked_for_compiled(deployment: Deployment) -> list[str]:
     return [f"{record.method} {record.key}" for record in records if ARTIFACTS_FOLDER in record.key]
 
 
+def test_weights_that_lie_in_a_folder_are_compiled_from_there(own_deployment, tmp_path):
+    pull = ["pull", MODEL, "--to", str(tmp_path / "model"), "--bucket", own_deployment.models]
+    subprocess.run(
+        [sys.executable, "-m", "weights", *pull],
+        cwd=REPOSITORY,
+        env={"PATH": os.environ["PATH"], **own_deployment.s3.environment()},
+        capture_output=True,
+        check=True,
+    )
+    own_deployment.s3.forget_requests()
+
+    ran = compile_model(own_deployment, "--json", MODEL_FOLDER=str(tmp_path / "model"))
+
+    assert ran.returncode == 0, ran.stderr
+    keys = [record.key for record in own_deployment.s3.requests(own_deployment.models)]
+    assert any(ARTIFACTS_FOLDER in key for key in keys)
+    assert not [key for key in keys if key.endswith(".safetensors")]
+
+
 def test_the_next_machine_compiles_nothing(compiled, tmp_path, server):
     deployment = compiled.deployment
     own_cache = tmp_path / "inductor"
