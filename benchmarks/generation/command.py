@@ -100,8 +100,7 @@ def _run_contest(
         contest = contest_of(job, options.ways, options.ours)
         progress(f"writing a {job.kind} SDXL …")
         model_bytes = write_model(job)
-        names = {name: _name(contest, name) for name in contest.jobs}
-        named = {"names": names, "ways": dict(contest.ways), "bytes": model_bytes}
+        named = {"names": contest.titles(), "ways": dict(contest.ways), "bytes": model_bytes}
         if {"single", "throughput"} & set(options.parts):
             with rounds.ready(contest, sizes) as found:
                 if "single" in options.parts:
@@ -131,11 +130,6 @@ def contest_of(job: Job, names: list[str] | None, variants: list[str]) -> Contes
         jobs[variant] = replace(job, settings=dict(one.split("=", 1) for one in variant.split(",")))
         ways[variant] = OURS
     return Contest(jobs, ways)
-
-
-def _name(contest: Contest, name: str) -> str:
-    own = WAYS[contest.ways[name]].name
-    return own if name in WAYS else f"{own}, {name}"
 
 
 def _settings(options: argparse.Namespace, device: str) -> dict[str, Any]:

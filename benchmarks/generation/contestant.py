@@ -18,7 +18,7 @@ from benchmarks.generation.ways import NotHereError
 from benchmarks.wire.memory import ROOT
 
 LONGEST = 1500.0  # seconds for one answer; autotuning all of SDXL takes a good part of it
-KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "VIRTUAL_ENV")
+KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV")
 KEPT_BEGINNINGS = ("CUDA_", "GOMP_", "NVIDIA_", "OMP_")
 
 
@@ -38,7 +38,7 @@ class Contestant:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.generation.run_one", way, job.dump()],
             cwd=ROOT,
-            env=_environment(self._caches),
+            env=environment() | _empty(self._caches) | job.secrets,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -76,15 +76,19 @@ class Contestant:
             raise NotHereError(f"no answer within {LONGEST:.0f} seconds")
         line = self._process.stdout.readline()
         if not line:
-            raise NotHereError(f"it failed: {self._last_words()}")
+            raise NotHereError(f"it failed: {self._last_words_of_all()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The last line of its errors and warnings so far; nothing if there is none."""
+        # Without moving the place in the file, where its process goes on writing.
+        size = os.fstat(self._errors.fileno()).st_size
+        return last_line(os.pread(self._errors.fileno(), size, 0).decode(errors="replace"))
+
+    def _last_words_of_all(self) -> str:
         self._process.wait()
-        self._errors.seek(0)
-        said = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines()]
-        return next(filter(None, reversed(said)), f"exit status {self._process.returncode}")
+        return self.last_words() or f"exit status {self._process.returncode}"
 
     def _end(self) -> None:
         self._process.kill()
@@ -97,15 +101,23 @@ class Contestant:
         shutil.rmtree(self._caches, ignore_errors=True)
 
 
-def _environment(caches: str) -> dict[str, str]:
+def last_line(text: str) -> str:
+    """The last that says something, or nothing."""
+    said = (line.strip() for line in reversed(text.splitlines()))
+    return next(filter(None, said), "")
+
+
+def environment() -> dict[str, str]:
     """The same for all, and nothing of the caller's own settings."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if name in KEPT or name.startswith(KEPT_BEGINNINGS)
     }
-    return kept | {
-        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
-        "TRITON_CACHE_DIR": f"{caches}/triton",
-        "HF_HUB_OFFLINE": "1",
-    }
+    return kept | {"HF_HUB_OFFLINE": "1"}
+
+
+def _empty(caches: str) -> dict[str, str]:
+    """Triton's is where torch itself would have it, inside its own: what was published for there is found there."""
+    inductor = f"{caches}/inductor"
+    return {"TORCHINDUCTOR_CACHE_DIR": inductor, "TRITON_CACHE_DIR": f"{inductor}/triton/0"}

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -36,9 +36,12 @@ class Job:
     native_size: int
     # Environment variables of this product, beside those that say which model it is.
     settings: Mapping[str, str] = field(default_factory=dict)
+    # More of them, which go through a contestant's environment alone: a command line is for everybody to read.
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def dump(self) -> str:
-        return json.dumps(asdict(self))
+        """All but the secrets."""
+        return json.dumps(asdict(replace(self, secrets={})))
 
     @classmethod
     def load(cls, text: str) -> Self:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.generation.contestant import Contestant
 from benchmarks.generation.model import Job
-from benchmarks.generation.ways import OURS, STOCK, NotHereError
+from benchmarks.generation.ways import OURS, STOCK, WAYS, NotHereError
 from benchmarks.wire.measure import progress
 
 SEED = 20261126
@@ -27,6 +27,11 @@ class Contest:
 
     jobs: Mapping[str, Job]
     ways: Mapping[str, str]  # a contestant's way, as `WAYS` has it
+
+    def titles(self) -> dict[str, str]:
+        """What the page calls each contestant."""
+        own = {name: WAYS[way].name for name, way in self.ways.items()}
+        return {name: one if name in WAYS else f"{one}, {name}" for name, one in own.items()}
 
 
 @dataclass

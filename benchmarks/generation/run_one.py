@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import IO, Any
 
 from benchmarks.generation.model import Job
@@ -77,6 +78,13 @@ class Answers:
         if isinstance(self._generate, Ours):
             self._generate.settle()
         return {}
+
+    def compiled(self) -> dict[str, Any]:
+        """The sizes that run compiled, and how many graphs were made here for that, or found."""
+        from diffusion.compiled import tally
+
+        assert isinstance(self._generate, Ours)  # noqa: S101 - its parent asks no other
+        return {"sizes": self._generate.compiled(), **asdict(tally())}
 
     def switch(self, size: int, rounds: int) -> dict[str, Any]:
         """Seconds of a request for the model that was used last, and of one for another, taken in turns."""

@@ -5,6 +5,7 @@ Each is prepared in a process of its own, from the same folder; a way that canno
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ from benchmarks.generation.model import MODEL_PATH, Job
 OURS = "ours"
 STOCK = "eager"
 COMPILED = ("compile", "compile-max")
+# This engine's contestants in the part about cold starts.
+UNCOMPILED = "COMPILE=off"
+PUBLISHED = "published code"
+COMPILING = "COMPILE=on, nothing published"
 
 Device = Literal["cpu", "cuda"]
 
@@ -50,7 +55,9 @@ def ours(job: Job) -> Generate:
         "DEVICE": job.device,
         "DTYPE": job.dtype,
     }
-    settings = load_runner_settings(environment | dict(job.settings))
+    # Only the bucket's, and only where the job had them: see `Job.secrets`.
+    bucket_s = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    settings = load_runner_settings(environment | bucket_s | dict(job.settings))
     return Ours(load(settings, ColdStart(), meanwhile=lambda: None), job)
 
 
@@ -73,6 +80,10 @@ class Ours:
         """Wait for what it makes ready beside requests, which would fall into other ways' measurements."""
         for done in self._engine.getting_ready:
             done.exception()
+
+    def compiled(self) -> list[tuple[int, int]]:
+        """Width and height of what runs compiled."""
+        return sorted(self._engine.compiled)
 
     def add_second_model(self, name: str) -> None:
         """Have it serve a second model of the same size, of which no tensor is the first one's."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.generation import start
 from benchmarks.generation.asked import asked
 from benchmarks.generation.command import contest_of
-from benchmarks.generation.model import Job, full_dimensions
-from benchmarks.generation.ways import WAYS, ways_for
+from benchmarks.generation.model import Job, full_dimensions, write_model
+from benchmarks.generation.rounds import Contest
+from benchmarks.generation.ways import COMPILING, PUBLISHED, UNCOMPILED, WAYS, ways_for
 from demo import small_sdxl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,9 +37,22 @@ def named(table: Sequence[Sequence[str]], name: str) -> list[Sequence[str]]:
     return [row for row in table if row[0] == name]
 
 
-def run(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(output: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "benchmarks/engine.py", "--output", str(output), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+START = (
+    *("--parts", "start", "--ways", "ours", "--model", "small", "--size", "64"),
+    *("--steps", "1", "--rounds", "1", "--dtype", "float32"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +108,105 @@ def test_switching_is_measured_beside_staying(page: Path) -> None:
 
     for request in ("for the model used last", "for the other model"):
         assert float(named(table, request)[0][1]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.system_program("g++")
+def test_a_start_with_published_code_stands_between_one_without_and_one_that_compiles(
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "engine.md"
+
+    finished = run(output, *START, "--ours", "MODEL_READER=thread")
+
+    assert finished.returncode == 0, finished.stderr
+    table = rows(output.read_text(), "Cold start from a folder")
+    assert [row[0] for row in table if row[0].startswith("this engine")] == [
+        "this engine, COMPILE=off",
+        "this engine, published code",
+        "this engine, COMPILE=on, nothing published",
+        "this engine, MODEL_READER=thread",
+    ]
+    assert "Could not run" not in output.read_text()
+    part = json.loads(output.with_suffix(".json").read_text())["start"]
+    assert part["published"]["bytes"] > 0
+    assert part["published"]["sizes"] == ["64x64"]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_starts_with_compiled_code_are_left_out_and_say_why(
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "engine.md"
+
+    finished = run(output, *START, PATH=str(tmp_path))
+
+    assert finished.returncode == 0, finished.stderr
+    table = rows(output.read_text(), "Cold start from a folder")
+    assert [row[0] for row in table[2:]] == ["this engine, COMPILE=off"]
+    published, compiling = (
+        line for line in output.read_text().splitlines() if line.startswith("Could not run")
+    )
+    assert (
+        "published code (nothing was published: compile_model: 64x64 did not compile" in published
+    )
+    assert "COMPILE=on, nothing published (0 graphs were taken from artifacts" in compiling
+
+
+def test_a_start_that_did_not_use_what_was_published_is_not_measured(tmp_path: Path) -> None:
+    job = Job("small", str(tmp_path / "model"), "cpu", "float32", steps=1, native_size=64)
+    model_bytes = write_model(job)
+    # Which fetches nothing on a CPU.
+    contest = Contest({PUBLISHED: replace(job, settings={"COMPILE": "auto"})}, {PUBLISHED: "ours"})
+    skipped: dict[str, str] = {}
+
+    found = start.measure(contest, 64, 1, model_bytes, skipped)
+
+    assert found == {PUBLISHED: []}
+    assert skipped[PUBLISHED].startswith(
+        "0 graphs were taken from artifacts and 0 compiled, and 64x64 is not compiled"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "made", "found", "holds"),
+    [
+        (PUBLISHED, [[64, 64]], 0, 2, True),
+        (PUBLISHED, [[64, 64]], 1, 1, False),
+        (PUBLISHED, [[64, 64]], 2, 0, False),
+        (PUBLISHED, [[256, 256]], 0, 2, False),
+        (COMPILING, [[64, 64]], 2, 0, True),
+        (COMPILING, [[64, 64]], 1, 1, True),
+        (COMPILING, [[64, 64]], 0, 2, False),
+        (COMPILING, [], 2, 0, False),
+    ],
+)
+def test_a_start_is_what_it_is_called(
+    name: str, sizes: list[list[int]], made: int, found: int, holds: bool
+) -> None:
+    assert start.runs_compiled(name, 64, {"sizes": sizes, "made": made, "found": found}) is holds
+
+
+def test_this_engine_starts_in_three_ways_beside_the_others_and_its_variants() -> None:
+    job = Job("small", "/nowhere", "cpu", "float32", steps=4, native_size=64)
+
+    contest = start.in_three_ways(contest_of(job, ["ours", "eager"], ["FLOAT8=on"]))
+
+    assert [*contest.jobs] == [UNCOMPILED, PUBLISHED, COMPILING, "eager", "FLOAT8=on"]
+    assert contest.jobs[UNCOMPILED].settings == {"COMPILE": "off"}
+    assert contest.jobs[COMPILING].settings == {"COMPILE": "on"}
+    assert contest.jobs["FLOAT8=on"].settings == {"FLOAT8": "on"}
+    assert contest.jobs["eager"] == job
+    assert [*contest.ways.values()].count("ours") == 4
+
+
+def test_a_job_s_secrets_stay_off_the_command_line() -> None:
+    keys = {"AWS_SECRET_ACCESS_KEY": "not-for-everybody"}
+    job = Job("small", "/nowhere", "cpu", "float32", steps=4, native_size=64, secrets=keys)
+
+    assert "not-for-everybody" not in job.dump() + repr(job)
+    assert Job.load(job.dump()) == replace(job, secrets={})
 
 
 def test_a_setting_that_this_product_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -170,3 +287,25 @@ def test_settings_in_float8_have_a_limit_of_their_own() -> None:
     lines = [line for line in asked(parts) if "fp8" in line.what]
 
     assert [(line.asked, line.holds) for line in lines] == [("at most 75 ms on an H200", False)]
+
+
+def started(published: float, device: str) -> dict[str, Any]:
+    found = {PUBLISHED: [{"image": published}], UNCOMPILED: [{"image": 20.0}]}
+    return {"start": {"device": device, "found": found}}
+
+
+@pytest.mark.parametrize(("published", "holds"), [(22.9, True), (19.0, True), (23.1, False)])
+def test_published_code_may_lengthen_a_cold_start_on_a_card_by_three_seconds(
+    published: float, holds: bool
+) -> None:
+    (line,) = asked(started(published, "cuda"))
+
+    assert line.holds is holds
+    assert line.measured == f"{published - 20:+.2f} s"
+
+
+def test_nothing_is_asked_of_a_start_on_a_cpu_or_of_one_that_was_left_out() -> None:
+    left_out = started(22.9, "cuda")
+    left_out["start"]["found"][PUBLISHED] = []
+
+    assert [*asked(started(22.9, "cpu")), *asked(left_out)] == []
