@@ -1,4 +1,4 @@
-"""Compiled regions: a denoiser's repeated blocks and a card's VAE decoder, as torch.compile makes them.
+"""Compiled regions: what `regions.py` names of a denoiser and of a card's VAE, as torch.compile makes it.
 
 Only shapes that were learned on purpose run compiled, and everything else as it would without: no request sets a
 compiler off, and whatever fails leaves the plain path. Whoever has shapes learned sees to it that no request waits
@@ -17,8 +17,8 @@ import re
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
@@ -30,14 +30,13 @@ from torch import nn
 
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import CompileError
+from diffusion.regions import Region, decoder_regions, denoiser_regions
+from diffusion.rehearsal import MOST_GRAPHS, Rehearsal
 
 logger = logging.getLogger(__name__)
 
-# Graphs of one function: kinds of blocks, times token counts, times batches. torch's own limit of 8 is there to notice
-# code that compiles for ever, which a closed set of shapes does not.
-MOST_GRAPHS = 128
-# What repeats in denoisers whose classes do not say so (`_repeated_blocks`).
-REPEATED_BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")
+
+WITHOUT = "%s runs without compiled code, as well as ever: %s"
 
 _TORCHS_OWN = "torch"  # in the archive: what `torch.compiler` saved
 _LIBRARIES = (
@@ -95,17 +94,18 @@ class CompiledRegions:
             if only_from_artifacts:
                 self._how["backend"] = _from_caches_only()
         except (ImportError, RuntimeError) as error:
-            raise CompileError(f"nothing can be compiled here: {_first_line(error)}.") from error
+            raise CompileError(f"nothing can be compiled here: {first_line(error)}.") from error
 
     def cover(self, denoiser: Any, vae: Any) -> None:
         """Stand before these parts from now on. One that is covered already keeps what it has learned.
 
         Raises `CompileError`.
         """
-        wanted = [(denoiser, "forward", _repeated_blocks(denoiser))]
+        on_card = denoiser.device.type == "cuda"
+        wanted = [(denoiser, "forward", denoiser_regions(denoiser, on_card=on_card))]
         # On a CPU compiling a decoder takes a minute and saves nothing: its time goes into convolutions.
-        if denoiser.device.type == "cuda":
-            wanted.append((vae, "decode", [vae.decoder]))
+        if on_card:
+            wanted.append((vae, "decode", decoder_regions(vae)))
         covered = {id(part.owner): part for part in self._parts}
         try:
             self._parts = [
@@ -113,7 +113,7 @@ class CompiledRegions:
                 for owner, method, regions in wanted
             ]
         except RuntimeError as error:
-            raise CompileError(f"nothing can be compiled here: {_first_line(error)}.") from error
+            raise CompileError(f"nothing can be compiled here: {first_line(error)}.") from error
 
     def __len__(self) -> int:
         """How many shapes were learned, over all parts."""
@@ -134,12 +134,22 @@ class CompiledRegions:
             for part in self._parts:
                 part.lesson = None
 
+    @contextmanager
+    def observing(self) -> Iterator[Rehearsal]:
+        """Inside, every kind of call is noted, of passes whose shapes were not learned. Run it on any thread then."""
+        rehearsal = Rehearsal()
+        with ExitStack() as exits:
+            for part in self._parts:
+                for region in part.regions:
+                    exits.enter_context(region.observed(rehearsal.note))
+            yield rehearsal
+
 
 class _Part:
     """Stands before `owner`'s method, and says for every call whether the regions inside run compiled."""
 
     def __init__(
-        self, owner: nn.Module, method: str, regions: Sequence[nn.Module], how: Mapping[str, Any]
+        self, owner: nn.Module, method: str, regions: Iterable[Region], how: Mapping[str, Any]
     ) -> None:
         self.owner = owner
         self.lesson: Lesson | None = None  # while there is something to learn
@@ -147,10 +157,9 @@ class _Part:
         self._refused: set[object] = set()
         self._name = type(owner).__name__
         self._call = getattr(owner, method)
-        self._regions: list[tuple[nn.Module, Any]] = []
-        for region in regions:
-            region.compile(**how)
-            self._regions.append((region, region._compiled_call_impl))  # noqa: SLF001 - where torch keeps it
+        self.regions = list(regions)
+        for region in self.regions:
+            region.compile(how)
         self._compiled = True
         self._switch(compiled=False)
         setattr(owner, method, self._gate)
@@ -176,12 +185,12 @@ class _Part:
         except Exception as error:
             if isinstance(error, RuntimeError) and ran_out_of_memory(error):
                 raise
-            reason = _first_line(error)  # and no more of it: its frames hold tensors
+            reason = first_line(error)  # and no more of it: its frames hold tensors
         else:
             self.learned.add(shapes)
             return result
         if not self._refused:
-            logger.warning("%s runs without compiled code, as well as ever: %s", self._name, reason)
+            logger.warning(WITHOUT, self._name, reason)
         self._refused.add(shapes)
         self.lesson.learned = False
         self._switch(compiled=False)
@@ -193,11 +202,10 @@ class _Part:
             return call()
 
     def _switch(self, *, compiled: bool) -> None:
-        # Cheaper than torch's own stance "force_eager", which costs some 100 us a region and call.
         if compiled == self._compiled:
             return
-        for region, implementation in self._regions:
-            region._compiled_call_impl = implementation if compiled else None  # noqa: SLF001
+        for region in self.regions:
+            region.switch(compiled=compiled)
         self._compiled = compiled
 
 
@@ -240,7 +248,7 @@ def load_artifacts(data: bytes) -> None:
                     _write_library(member.name, content.read())
         loaded = torch.compiler.load_cache_artifacts(torchs_own)
     except Exception as error:  # torch's own loading raises whatever it meets
-        raise CompileError(f"the artifacts cannot be loaded: {_first_line(error)}.") from error
+        raise CompileError(f"the artifacts cannot be loaded: {first_line(error)}.") from error
     if loaded is None:
         raise CompileError("the artifacts cannot be loaded: torch does not know their form.")
     # A second of imports that the first pass would wait for: better here, beside the weights.
@@ -292,11 +300,6 @@ def _installed(*names: str) -> str:
     return "none"
 
 
-def _repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
-    names = getattr(denoiser, "_repeated_blocks", None) or REPEATED_BLOCKS
-    return [module for module in denoiser.modules() if type(module).__name__ in names]
-
-
 def _from_caches_only() -> Callable[..., Any]:
     """inductor, but for the compiling: what its caches do not have is refused."""
     from torch._inductor.compile_fx import compile_fx
@@ -346,7 +349,7 @@ def _write_library(name: str, data: bytes) -> None:
     partial_path.replace(path)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """What went wrong, without the pages that dynamo adds to it."""
     inner = getattr(error, "inner_exception", None) or error
     lines = str(inner).strip().splitlines()

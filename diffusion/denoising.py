@@ -193,7 +193,8 @@ def predictions(
 
     def predict(batch: Mapping[str, torch.Tensor], *, alone: bool) -> torch.Tensor:
         call = partial(_predict, denoiser, rows=rows, alone=alone)
-        return graphs.run(denoiser, call, batch, kind=(rows, alone))
+        prediction: torch.Tensor = graphs.run(denoiser, call, batch, kind=(rows, alone))
+        return prediction
 
     inputs = [image.inputs() for image in images]
     return company.predict(predict, inputs, images[0].shape, rows)

@@ -35,6 +35,7 @@ from diffusion.watching import Watching
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Chore = tuple[Callable[[], None], Future[None]]
 
 # A turn of one model lasts so many times what it takes to switch, if others wait for another one; in seconds, at least.
 SWITCHES_IN_A_TURN = 10
@@ -81,7 +82,8 @@ class DeviceLoop:
         self._images: list[UnderWay] = []
         self._begun: set[Job[Wish]] = set()
         self._graphs = graphs
-        self._chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._chores: deque[Chore] = deque()
+        self._soon: deque[Chore] = deque()
         self._at_a_chore = False
         self._pausing = False
         self._stopped = False
@@ -103,14 +105,36 @@ class DeviceLoop:
 
     def when_idle(self, chore: Callable[[], None]) -> Future[None]:
         """Have something done on the device's thread once there is no request; one that comes waits for it to end."""
+        return self._add_chore(chore, self._chores)
+
+    def soon(self, chore: Callable[[], None]) -> Future[None]:
+        """Have something short done there as soon as the images under way are done, before others begin."""
+        return self._add_chore(chore, self._soon)
+
+    def _add_chore(self, chore: Callable[[], None], line: deque[Chore]) -> Future[None]:
         done: Future[None] = Future()
         with self._changed:
-            self._chores.append((chore, done))
+            if self._stopped:
+                done.cancel()
+                return done
+            line.append((chore, done))
             self._wake()
         return done
 
-    def record(self, plan: Plan, together: int = 1) -> None:
-        """A chore: have a graph ready for `together` images of a plan's size, and the decoder's kernels chosen."""
+    def record(self, plan: Plan, together: int = 1, *, anew: bool = False) -> None:
+        """A chore: have a graph ready for `together` images of a plan's size, and the decoder's kernels chosen.
+
+        Args:
+            anew: also where there is a graph, since passes of that size compute in another way by now.
+        """
+        with self._graphs.recording(anew=anew):
+            self._pass(plan, together, self._graphs)
+
+    def run_plainly(self, plan: Plan, together: int = 1) -> None:
+        """A chore: one pass, and a picture of it, without any graph."""
+        self._pass(plan, together, Graphs(self._device))
+
+    def _pass(self, plan: Plan, together: int, graphs: Graphs) -> None:
         model = self.models.get(self.shelf.loaded) or self.models[self.default]
         self.shelf.bring(model.name)
         embeddings = model.prompts.encode(plan)
@@ -120,8 +144,7 @@ class DeviceLoop:
             )
             for seed in range(together)
         ]
-        with self._graphs.recording():
-            predictions(model.denoiser, images, self._company, self._graphs)
+        predictions(model.denoiser, images, self._company, graphs)
         decode(model.pipeline.vae, images[0].latents)
 
     def _wake(self) -> None:
@@ -201,9 +224,10 @@ class DeviceLoop:
         """Nobody may wait for a thread that is gone: all that is open ends with it. The next job begins another one."""
         with self._changed:
             jobs = self._begun.union(self._line)
-            chores = list(self._chores)
+            chores = [*self._soon, *self._chores]
             self._line.keep(lambda _: False)
             self._images, self._begun, self._at_a_chore = [], set(), False
+            self._soon.clear()
             self._chores.clear()
             self._steps.clear()
             self._thread = None
@@ -221,6 +245,8 @@ class DeviceLoop:
                 )
         for _, done in chores:
             done.cancel()
+        # Libraries keep by thread what they have built for recorded kernels.
+        self._graphs.forget()
         if pictures is not None:
             pictures.shutdown(wait=False)
 
@@ -234,6 +260,9 @@ class DeviceLoop:
                 self._let_leave()
                 room = self._company.most - len(self._images)
                 wait = 0.0
+                if self._soon and not self._pausing:
+                    self._at_a_chore = not self._images
+                    return []
                 if self._images:
                     newcomers = self._line.take(room, self._images[0].job.group, self._may_begin)
                 else:
@@ -251,7 +280,7 @@ class DeviceLoop:
             return None
 
     def _do_a_chore(self) -> None:
-        chore, done = self._chores.popleft()
+        chore, done = (self._soon or self._chores).popleft()
         failure: str | None = None
         try:
             chore()

@@ -6,6 +6,7 @@ The parts and their arithmetic are stock diffusers', so the pixels are too. Enco
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusion.company import Company
-from diffusion.compiled import Compiling
+from diffusion.compiled import WITHOUT, Compiling, first_line
 from diffusion.denoising import is_guided
 from diffusion.device_loop import DeviceLoop
 from diffusion.errors import RequestError
@@ -26,6 +27,7 @@ from diffusion.line import Job
 from diffusion.model import Model
 from diffusion.recipe import Recipe
 from diffusion.refresh import Staged, one_refresh_at_a_time, take_over
+from diffusion.rehearsal import Rehearsal
 from diffusion.request import GenerationRequest, Plan
 from diffusion.shelf import OnShelf, Shelf
 from diffusion.sizes import ASPECT_RATIOS, size_for
@@ -93,6 +95,8 @@ class Engine:
             most = 1
         self._most = most
         self._compiling = compiling or Compiling(frozenset(), only_from_artifacts=True)
+        # A CPU has no second team of threads to read code with: passes would take three times as long meanwhile.
+        self._rehearses = not on_cpu and self._compiling.only_from_artifacts
         self._learned: set[tuple[int, int, int]] = set()
         self._getting_ready: list[Future[None]] = []
         self._graphs = Graphs(self._device)
@@ -102,7 +106,7 @@ class Engine:
             compiling=compiling,
             forget_graphs=self._graphs.forget,
         )
-        self._speed.prepare(model.denoiser, pipeline.vae)
+        self._weights_changed(model)()
         self._loop = DeviceLoop(
             model,
             Company(most, exact=on_cpu),
@@ -221,14 +225,16 @@ class Engine:
         old = self._loop.models[model.name]
         self._loop.models[model.name] = model
         self._loop.shelf = Shelf(model, self._weights_changed(model))
-        self._speed.prepare(model.denoiser, model.pipeline.vae)
+        self._weights_changed(model)()
         if model.denoiser is not old.denoiser:
             # Its tensors lie elsewhere: graphs would go on reading those of the one before, and keep them.
             self._graphs.forget()
             self._get_ready_later(self._sizes())
+            if self._rehearses:
+                self._rehearse_later()
 
     def _weights_changed(self, model: Model) -> Callable[[], None]:
-        return partial(self._speed.prepare, model.denoiser, model.pipeline.vae)
+        return partial(self._speed.prepare, model.denoiser, model.pipeline.vae, model.text_encoders)
 
     def add_model(self, name: str, staged: Staged) -> None:
         """Serve another model too, in turns with those that are there, from host memory.
@@ -285,7 +291,8 @@ class Engine:
 
         Whatever is to be compiled here is compiled before it returns, batch by batch: requests never wait for that. On
         a card the other sizes, and batches, are made ready later, whenever there is no request (`getting_ready`); on a
-        CPU those are that run compiled.
+        CPU those are that run compiled. Code out of artifacts takes over on a card as soon as it has been read, which
+        is done on a thread of its own.
         """
         started = time.perf_counter()
         native = self.recipe.native_size
@@ -308,6 +315,8 @@ class Engine:
                     time.perf_counter() - started,
                 )
         self._get_ready_later(sizes, but=at_once)
+        if self._rehearses:
+            self._rehearse_later()
         return time.perf_counter() - started
 
     def _sizes(self) -> list[tuple[int, int]]:
@@ -329,6 +338,53 @@ class Engine:
                 # Nobody asks for what is done.
                 later.add_done_callback(self._getting_ready.remove)
 
+    def _rehearse_later(self) -> None:
+        """Have the code for each size and batch taken up, beside requests."""
+        waiting = {what: Future[None]() for what in self._in_batches(sorted(self._compiling.sizes))}
+        for later in waiting.values():
+            self._getting_ready.append(later)
+            later.add_done_callback(self._getting_ready.remove)
+        threading.Thread(
+            target=self._rehearse, args=(waiting,), name="rehearsal", daemon=True
+        ).start()
+
+    def _rehearse(self, waiting: dict[tuple[int, int, int], Future[None]]) -> None:
+        for (width, height, together), later in waiting.items():
+            began = time.perf_counter()
+            reason = None
+            try:
+                plan = self._warm_up_plan(width, height)
+                self._observed(plan, together).run()
+                self._loop.soon(partial(self._learn, plan, together)).result()
+            except CancelledError:  # the device's thread has ended
+                later.cancel()
+                continue
+            except Exception as error:  # noqa: BLE001 - it is only about speed
+                reason = first_line(error)
+            if reason is None and (width, height, together) in self._learned:
+                logger.info(
+                    "Compiled code took over for %d of %dx%d, %.1f s after it was begun with.",
+                    together,
+                    width,
+                    height,
+                    time.perf_counter() - began,
+                )
+            elif reason is not None:
+                logger.warning(WITHOUT, f"{together} of {width}x{height}", reason)
+            later.set_result(None)
+
+    def _observed(self, plan: Plan, together: int) -> Rehearsal:
+        """The calls of a plain pass, which takes its turn between requests."""
+        found: list[Rehearsal] = []
+
+        def observe() -> None:
+            with self._speed.observing() as rehearsal:
+                self._loop.run_plainly(plan, together)
+            found.append(rehearsal)
+
+        self._loop.soon(observe).result()
+        return found[0]
+
     def _in_batches(self, sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
         return [(*size, together) for size in sizes for together in range(1, self._most + 1)]
 
@@ -347,15 +403,25 @@ class Engine:
         )
 
     def _when_idle(self, width: int, height: int, together: int) -> Future[None]:
-        request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
-        plan = self._model(None).plan(request)
+        plan = self._warm_up_plan(width, height)
         done = self._loop.when_idle(partial(self._make_ready, plan, together))
         done.add_done_callback(partial(_log_failure, f"{together} of {width}x{height}"))
         return done
 
+    def _warm_up_plan(self, width: int, height: int) -> Plan:
+        request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
+        return self._model(None).plan(request)
+
     def _make_ready(self, plan: Plan, together: int) -> None:
-        with self._speed.learning((plan.width, plan.height)) as lesson:
+        """As it is, where compiled code is taken up later."""
+        if self._rehearses:
             self._loop.record(plan, together)
+        else:
+            self._learn(plan, together)
+
+    def _learn(self, plan: Plan, together: int) -> None:
+        with self._speed.learning((plan.width, plan.height)) as lesson:
+            self._loop.record(plan, together, anew=True)
         if lesson.learned:
             self._learned.add((plan.width, plan.height, together))
 

@@ -155,6 +155,9 @@ def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
     moved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for module in modules:
+            first = next(module.parameters(), None)
+            if first is not None and first.device == device:
+                continue  # a module is moved whole, and this is asked for every prompt
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.device != device:
                     moved.append((tensor, tensor.data))

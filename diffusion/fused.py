@@ -35,7 +35,7 @@ def fuse_projections(denoiser: Any) -> int:
     """
     fused = 0
     for attention in denoiser.modules():
-        if not isinstance(attention, Attention) or not _is_plain(attention):
+        if not isinstance(attention, Attention) or not is_plain(attention):
             continue
         if attention.is_cross_attention:
             attention.to_kv = Joined([attention.to_k, attention.to_v])
@@ -47,7 +47,8 @@ def fuse_projections(denoiser: Any) -> int:
     return fused
 
 
-def _is_plain(attention: Any) -> bool:
+def is_plain(attention: Any) -> bool:
+    """Whether it is stock's attention with nothing added, which is what `fuse_projections` takes."""
     return (
         type(attention.processor) is AttnProcessor2_0
         and attention.to_k is not None

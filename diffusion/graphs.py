@@ -1,4 +1,4 @@
-"""The denoiser's pass as CUDA graphs: some 1,850 launches become one, so that a fast card does not wait for the host.
+"""Passes as CUDA graphs: the some 1,850 launches of a denoiser's become one, so that a fast card waits for no host.
 
 A graph is of one shape and reads and writes where it was recorded, so inputs are copied to it and its result away from
 it. Weights may change where they lie (a refresh, another model); a denoiser whose tensors lie elsewhere needs others.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree
 
 from diffusion.device import ran_out_of_memory
 
@@ -26,26 +27,31 @@ CALLS_BEFORE_RECORDING = 2
 class _Graph:
     graph: Any
     inputs: dict[str, torch.Tensor]
-    output: torch.Tensor
+    output: Any
 
-    def replay(self, batch: Batch) -> torch.Tensor:
+    def replay(self, batch: Batch) -> Any:
         for name, tensor in self.inputs.items():
             tensor.copy_(batch[name])
         self.graph.replay()
         # The next replay, of whatever graph, writes to the same memory.
-        return self.output.clone()
+        return _pytree.tree_map_only(torch.Tensor, torch.clone, self.output)
 
 
 class Graphs:
     """Records graphs while told to (`recording`), and replays them. Whatever has none runs as it is.
 
     One thread uses it. All graphs share one pool of memory, since never two of them run at once.
+
+    Args:
+        of: what is recorded, for the log.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, of: str = "a step") -> None:
         self._device = device
+        self._of = of
         self._able = device.type == "cuda"
         self._recording = False
+        self._anew = False
         self._owner: object | None = None
         self._graphs: dict[tuple[object, ...], _Graph] = {}
         self._pool: Any = None
@@ -60,18 +66,18 @@ class Graphs:
         self._pool = None
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Inside, a pass of a shape that has no graph gets one."""
-        self._recording = True
+    def recording(self, *, anew: bool = False) -> Iterator[None]:
+        """Inside, a pass of a shape that has no graph gets one; and one that has, another, if they are made anew."""
+        self._recording, self._anew = True, anew
         try:
             yield
         finally:
-            self._recording = False
+            self._recording = self._anew = False
 
     def run(
-        self, owner: object, predict: Callable[[Batch], torch.Tensor], batch: Batch, kind: object
-    ) -> torch.Tensor:
-        """`predict(batch)`, from a graph where there is one.
+        self, owner: object, predict: Callable[[Batch], Any], batch: Batch, kind: object
+    ) -> Any:
+        """`predict(batch)`, from a graph where there is one: a tensor, or what torch knows the tensors of.
 
         Args:
             owner: whose pass it is. With another one, the graphs of the one before are gone.
@@ -84,7 +90,7 @@ class Graphs:
             self._owner = owner
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         found = self._graphs.get((kind, shapes))
-        if found is not None:
+        if found is not None and not self._anew:
             return found.replay(batch)
         if self._recording:
             self._record(predict, batch, (kind, shapes))
@@ -92,11 +98,12 @@ class Graphs:
 
     def _record(
         self,
-        predict: Callable[[Batch], torch.Tensor],
+        predict: Callable[[Batch], Any],
         batch: Batch,
         key: tuple[object, ...],
     ) -> None:
-        reason, full = "", False
+        reason: str | None = None
+        full = False
         current = torch.cuda.current_stream(self._device)
         try:
             self._graphs[key] = self._recorded(predict, batch)
@@ -105,22 +112,27 @@ class Graphs:
         finally:
             # Of a capture that failed torch reports the end before it leaves the stream, and so never leaves it.
             torch.cuda.set_stream(current)
-        if key in self._graphs:
+        if reason is None:
             return
         if full:
             # The size may fit without, and other sizes with one.
-            logger.info("No memory for a CUDA graph of %s: that size runs without.", _named(batch))
+            logger.info(
+                "No memory for a CUDA graph of %s of %s: that size runs without.",
+                self._of,
+                _named(batch),
+            )
         else:
             self._able = False
             self.forget()
             logger.warning(
-                "CUDA graphs are off, and every pass takes longer: recording one failed (%s).",
+                "CUDA graphs are off for %s, which takes longer each time: recording one failed (%s).",
+                self._of,
                 reason,
             )
         # Only here, with the exception and its frames gone, is what they held free.
         torch.cuda.empty_cache()
 
-    def _recorded(self, predict: Callable[[Batch], torch.Tensor], batch: Batch) -> _Graph:
+    def _recorded(self, predict: Callable[[Batch], Any], batch: Batch) -> _Graph:
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream(self._device))
@@ -149,4 +161,4 @@ def _ran_out_of_memory(error: BaseException) -> bool:
 
 
 def _named(batch: Batch) -> str:
-    return "x".join(str(side) for side in batch["sample"].shape)
+    return "x".join(str(side) for side in next(iter(batch.values())).shape)

@@ -26,6 +26,13 @@ class Model:
     def denoiser(self) -> Any:
         return getattr(self.pipeline, self.recipe.architecture.denoiser)
 
+    @property
+    def text_encoders(self) -> list[Any]:
+        """Those it has, in the order of its tokenizers."""
+        named = [tokenizer.encoder for tokenizer in self.recipe.architecture.tokenizers.values()]
+        found = [getattr(self.pipeline, name) for name in named]
+        return [encoder for encoder in found if encoder is not None]
+
     @cached_property
     def previews(self) -> Previews:
         return Previews(self.pipeline)

@@ -4,7 +4,7 @@ On a CPU nothing is, unless compiling is asked for: there the pixels are stock's
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,11 @@ from PIL import Image
 from diffusion.compiled import CompiledRegions, Compiling, Lesson
 from diffusion.float8 import Float8Layers, computes_float8
 from diffusion.fused import fuse_projections
+from diffusion.group_norms import spread_group_norms
+from diffusion.layout import lay_channels_side_by_side
+from diffusion.rehearsal import Rehearsal
+from diffusion.text_graphs import replay_prompts
+from diffusion.wide_attention import widen_attention
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +60,17 @@ class Speed:
             )
             self._wants_float8 = False
 
-    def prepare(self, denoiser: Any, vae: Any) -> None:
+    def prepare(self, denoiser: Any, vae: Any, text_encoders: Iterable[Any] = ()) -> None:
         """Call it for every model that is about to serve: new parts are prepared, kept ones had new weights.
 
         Never raises: what fails is left out, with a line in the log.
         """
         if self._device.type == "cuda":
-            self._attempt("Channels side by side", partial(_lay_channels_side_by_side, vae))
+            self._attempt("Channels side by side", partial(lay_channels_side_by_side, vae))
+            self._attempt("Group norms", partial(spread_group_norms, vae))
+            self._attempt("Wide attention", partial(widen_attention, vae))
+            for encoder in text_encoders:
+                self._attempt("Graphs of prompts", partial(replay_prompts, encoder, self._device))
             if denoiser is not self._denoiser:
                 self._take_up(denoiser)
             elif self._layers is not None and not self._attempt("FLOAT8", self._layers.refresh):
@@ -78,11 +87,21 @@ class Speed:
         with self._regions.learning() as lesson:
             yield lesson
 
+    @contextmanager
+    def observing(self) -> Iterator[Rehearsal]:
+        """Inside, the calls of a pass that may run compiled are noted, for another thread to have them ready."""
+        if self._regions is None:
+            yield Rehearsal()
+            return
+        with self._regions.observing() as rehearsal:
+            yield rehearsal
+
     def _take_up(self, denoiser: Any) -> None:
         # Once, whatever comes of it. Layers that are switched on would hold the old weights, and be held by them.
         self._denoiser = denoiser
         self._drop_layers()
-        self._attempt("Channels side by side", partial(_lay_channels_side_by_side, denoiser))
+        self._attempt("Channels side by side", partial(lay_channels_side_by_side, denoiser))
+        self._attempt("Group norms", partial(spread_group_norms, denoiser))
         self._attempt("Fused projections", partial(fuse_projections, denoiser))
         if self._wants_float8:
             self._add_float8(denoiser)
@@ -171,11 +190,6 @@ class Speed:
                 LOWEST_FLOAT8_DECIBELS,
             )
         return decibels
-
-
-def _lay_channels_side_by_side(module: Any) -> None:
-    # Convolutions on tensor cores want them so; otherwise every one of them turns its input.
-    module.to(memory_format=torch.channels_last)
 
 
 def _first_line(error: Exception) -> str:

@@ -123,7 +123,7 @@ def test_running_out_of_memory_inside_a_capture_leaves_other_sizes_theirs(card, 
     record(graphs, predict, owner=card, side=2)
 
     assert [record.getMessage() for record in caplog.records] == [
-        "No memory for a CUDA graph of 1x4x4x4: that size runs without."
+        "No memory for a CUDA graph of a step of 1x4x4x4: that size runs without."
     ]
     assert len(graphs) == 1
 

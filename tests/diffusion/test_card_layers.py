@@ -1,0 +1,185 @@
+"""What a card is given in the place of stock's layers, computed on a CPU: the same numbers, but for their last bits."""
+
+import math
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from diffusion import group_norms, wide_attention
+from diffusion.group_norms import SpreadGroupNorm, spread_group_norms
+from diffusion.layout import SideBySideTransformer, lay_channels_side_by_side
+from diffusion.wide_attention import WideAttention, attend, widen_attention
+from tests.diffusion.support import build
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def vae() -> AutoencoderKL:
+    """Small, but as wide in its middle as the real one."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 512),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+    ).eval()
+
+
+class TestGroupNorms:
+    @pytest.mark.parametrize("side_by_side", [False, True])
+    @pytest.mark.parametrize("at_once", [1, 5000, 2**24])
+    @pytest.mark.parametrize("shape", [(1, 64, 32, 32), (2, 64, 24, 40), (1, 32, 7, 1)])
+    def test_values_are_those_of_exact_arithmetic(self, monkeypatch, shape, at_once, side_by_side):
+        monkeypatch.setattr(group_norms, "MOST_AT_ONCE", at_once)
+        # Far from zero, where a sum of squares has no digits left for the variance.
+        image = noise(*shape) * 3 + 200
+        if side_by_side:
+            image = image.to(memory_format=torch.channels_last)
+        norm = nn.GroupNorm(32, shape[1], eps=1e-6)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        exact = norm.double()(image.double())
+        norm.float()
+
+        assert spread_group_norms(nn.Sequential(norm)) == 1
+
+        found = norm(image)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+        assert found.stride() == image.stride()
+
+    def test_halves_are_rounded_once(self):
+        image = noise(1, 64, 16, 16).bfloat16()
+        norm = nn.GroupNorm(8, 64).bfloat16()
+        exact = norm.double()(image.double()).bfloat16()
+        norm.bfloat16()
+        spread_group_norms(nn.Sequential(norm))
+
+        assert torch.equal(norm(image), exact)
+
+    def test_weights_stay_where_they_are_and_what_is_not_an_image_is_stocks(self):
+        norm = nn.GroupNorm(4, 32, affine=False)
+        names = [name for name, _ in nn.GroupNorm(4, 32).named_parameters()]
+        spread_group_norms(nn.Sequential(norm))
+        rows = noise(1, 32, 9)
+
+        torch.testing.assert_close(norm(rows), nn.GroupNorm(4, 32, affine=False)(rows))
+        norm(noise(1, 32, 4, 4))
+        affine = nn.GroupNorm(4, 32)
+        spread_group_norms(nn.Sequential(affine))
+        assert [name for name, _ in affine.named_parameters()] == names
+        assert spread_group_norms(nn.Sequential(affine)) == 0  # already
+
+    @pytest.mark.slow
+    @pytest.mark.system_program("g++")
+    @pytest.mark.timeout(300)
+    def test_values_are_the_same_compiled(self):
+        image = (noise(1, 64, 16, 24) * 3 + 50).to(memory_format=torch.channels_last)
+        norm = nn.GroupNorm(32, 64)
+        exact = norm.double()(image.double())
+        norm.float()
+        spread_group_norms(nn.Sequential(norm))
+
+        found = torch.compile(norm, fullgraph=True, dynamic=False)(image)
+
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+
+
+class TestWideAttention:
+    @pytest.mark.parametrize("most_scores", [1, 1000, 2**25])
+    def test_rows_attend_as_stocks_do(self, monkeypatch, most_scores):
+        monkeypatch.setattr(wide_attention, "MOST_SCORES", most_scores)
+        query, key, value = (noise(2, 50, 300, seed=seed) for seed in range(3))
+
+        found = attend(query, key, value)
+
+        expected = nn.functional.scaled_dot_product_attention(query, key, value)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    def test_scores_of_halves_are_not_rounded(self):
+        query, key, value = (noise(1, 64, 512, seed=seed).bfloat16() for seed in range(3))
+
+        found = attend(query * 3, key, value)
+
+        exact = nn.functional.scaled_dot_product_attention(
+            *(one.double() for one in (query * 3, key, value))
+        )
+        error = (found.double() - exact).abs().max() / exact.abs().max()
+        assert error < 2**-7
+
+    def test_a_decoder_gives_the_same_pictures(self, vae, monkeypatch):
+        monkeypatch.setattr(wide_attention, "MOST_SCORES", 384 * 100)
+        latents = noise(1, 4, 16, 24)
+        expected = vae.decode(latents, return_dict=False)[0]
+
+        assert widen_attention(vae) == 2  # the encoder's too
+        assert spread_group_norms(vae) > 20
+        lay_channels_side_by_side(vae)
+
+        found = vae.decode(latents, return_dict=False)[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert widen_attention(vae) == 0
+
+    def test_attention_that_fast_kernels_take_stays_stocks(self, model):
+        pipeline = build(model)
+
+        assert widen_attention(pipeline.vae) == 0
+        assert widen_attention(pipeline.unet) == 0
+
+    def test_attention_of_another_kind_stays_as_it_is(self, vae):
+        (attention,) = vae.decoder.mid_block.attentions
+        attention.set_processor(object())
+
+        assert widen_attention(vae.decoder) == 0
+        assert not isinstance(attention.processor, WideAttention)
+
+
+class TestLayout:
+    @pytest.mark.parametrize("linear", [False, True])
+    def test_a_transformer_in_an_image_gives_the_same_without_its_copy(self, linear):
+        torch.manual_seed(0)
+        part = Transformer2DModel(
+            2, 16, in_channels=32, cross_attention_dim=24, use_linear_projection=linear
+        ).eval()
+        image, prompt = noise(2, 32, 8, 12), noise(2, 5, 24)
+        expected = part(image, prompt, return_dict=False)[0]
+
+        lay_channels_side_by_side(nn.Sequential(part))
+
+        found = part(image.to(memory_format=torch.channels_last), prompt, return_dict=False)[0]
+        assert type(part) is SideBySideTransformer
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+    def test_a_unet_keeps_its_numbers(self, model):
+        pipeline = build(model)
+        unet = pipeline.unet
+        arguments = {
+            "timestep": torch.tensor(749.0),
+            "encoder_hidden_states": noise(1, 77, unet.config.cross_attention_dim),
+            "added_cond_kwargs": {
+                "text_embeds": noise(1, pipeline.text_encoder_2.config.projection_dim),
+                "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]),
+            },
+            "return_dict": False,
+        }
+        latents = noise(1, 4, 8, 8)
+        expected = unet(latents, **arguments)[0]
+
+        lay_channels_side_by_side(unet)
+        spread = spread_group_norms(unet)
+
+        found = unet(latents, **arguments)[0]
+        assert spread == sum(isinstance(one, SpreadGroupNorm) for one in unet.modules())
+        assert math.isclose(float((found - expected).abs().max()), 0, abs_tol=1e-4)
