@@ -7,6 +7,7 @@ its manifest, which that command reads.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,13 +53,19 @@ class Publishing:
         # Files and not pipes: they are whole when the command has ended, whoever else still holds them.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `end`
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        # Its own is left behind where it is killed.
+        self._temporary = tempfile.mkdtemp(prefix="bench-published-")
         settings = {"MODEL_FOLDER": job.folder, "DEVICE": job.device, "DTYPE": job.dtype}
         command = [sys.executable, "scripts/compile_model.py", MODEL_PATH, bucket]
         self._started = time.monotonic()
         self._process = subprocess.Popen(
             [*command, "--version", version, "--json"],
             cwd=ROOT,
-            env={**environment(), **settings, **job.settings, **publisher},
+            env=environment()
+            | settings
+            | dict(job.settings)
+            | dict(publisher)
+            | {"TMPDIR": self._temporary},
             stdin=subprocess.DEVNULL,
             stdout=self._said,
             stderr=self._errors,
@@ -94,6 +101,7 @@ class Publishing:
         self._process.wait()
         self._said.close()
         self._errors.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def publish(job: Job, exits: ExitStack) -> Publishing:
