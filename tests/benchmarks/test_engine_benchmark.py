@@ -119,7 +119,8 @@ def test_side_by_side_all_is_prepared_before_anything_is_measured(tmp_path: Path
         *("--side-by-side", "--parts", "start,switching,throughput,single"),
         *("--ways", "eager,torchao", "--ours", "MODEL_READER=thread", "--start-ways", "uncompiled"),
         *("--model", "small", "--size", "64", "--steps", "1", "--dtype", "float32"),
-        *("--rounds", "2", "--throughput-rounds", "1", "--concurrency", "1,2"),
+        *("--rounds", "2", "--throughput-rounds", "1", "--start-rounds", "1"),
+        *("--concurrency", "1,2"),
     )
 
     assert finished.returncode == 0, finished.stderr
@@ -136,7 +137,7 @@ def test_side_by_side_all_is_prepared_before_anything_is_measured(tmp_path: Path
     assert "[start" in after
     parts = json.loads(output.with_suffix(".json").read_text())
     assert [*parts] == ["single", "throughput", "switching", "start"]
-    assert [part["rounds"] for part in parts.values()] == [2, 1, 2, 2]
+    assert [part["rounds"] for part in parts.values()] == [2, 1, 2, 1]
     assert [*parts["start"]["found"]] == [UNCOMPILED]
     assert all(parts["switching"]["found"].values())
 
