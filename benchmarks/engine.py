@@ -4,6 +4,7 @@
 on a CPU the demo's small one. Weights are random: time does not depend on their values. It writes engine-<device>.md,
 .svg and .json into benchmarks/results/. Parts run on different days stand side by side in the JSON.
 `make bench-engine ARGS="--parts single --rounds 1 --output demo-output/engine.md"` is a look.
+On a rented card with many cores, `--side-by-side` lets all compilers work at once; what is measured is measured alone.
 """
 
 from __future__ import annotations

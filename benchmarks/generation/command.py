@@ -10,16 +10,19 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generation import overhead, rounds, start, switching
+from benchmarks.generation import overhead
 from benchmarks.generation.model import Job, write_model
+from benchmarks.generation.plan import Plan, one_after_another, side_by_side
 from benchmarks.generation.report import write
 from benchmarks.generation.rounds import Contest
+from benchmarks.generation.start import OWN, starts_of
 from benchmarks.generation.ways import OURS, WAYS, ways_for
 from benchmarks.wire.command import _count, _list_of
 from benchmarks.wire.machine import machine, versions_of
@@ -53,21 +56,23 @@ def main(description: str | None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     data = output.with_suffix(".json")
     parts: dict[str, Any] = json.loads(data.read_text()) if data.exists() else {}
-    for name, part in _run(options, settings):
-        parts[name] = {
-            "date": f"{datetime.now(UTC):%Y-%m-%d}",
-            "machine": f"{card}; {machine()}" if card else machine(),
-            "versions": ", ".join(
-                [f"Python {platform.python_version()}", *versions_of(PACKAGES), *_cuda(device)]
-            ),
-            "command": f"benchmarks/engine.py {' '.join(sys.argv[1:])}".strip(),
-            "rounds": options.rounds,
-            **settings,
-            **part,
-        }
-        # After every part: an hour of measuring must not hang on the last one.
-        data.write_text(json.dumps(parts, indent=1) + "\n")
-        written = write(parts, output, data.name)
+    # Closed on every way out, so that children end.
+    with closing(_run(options, settings)) as measured:
+        for name, part in measured:
+            parts[name] = {
+                "date": f"{datetime.now(UTC):%Y-%m-%d}",
+                "machine": f"{card}; {machine()}" if card else machine(),
+                "versions": ", ".join(
+                    [f"Python {platform.python_version()}", *versions_of(PACKAGES), *_cuda(device)]
+                ),
+                "command": f"benchmarks/engine.py {' '.join(sys.argv[1:])}".strip(),
+                "rounds": options.rounds,
+                **settings,
+                **part,
+            }
+            # After every part: an hour of measuring must not hang on the last one.
+            data.write_text(json.dumps(parts, indent=1) + "\n")
+            written = write(parts, output, data.name)
     print(output.read_text())
     progress("written: " + ", ".join(str(file) for file in [*written, data]))
     return 0
@@ -75,7 +80,7 @@ def main(description: str | None) -> int:
 
 def _run(
     options: argparse.Namespace, settings: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Generator[tuple[str, dict[str, Any]]]:
     """Yield every part's name and what was measured, as it is done."""
     if set(options.parts) != {"overhead"}:
         yield from _run_contest(options, settings)
@@ -85,7 +90,7 @@ def _run(
 
 def _run_contest(
     options: argparse.Namespace, settings: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Generator[tuple[str, dict[str, Any]]]:
     """The parts that all ways take part in."""
     sizes = settings["sizes"]
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
@@ -99,27 +104,20 @@ def _run_contest(
         )
         contest = contest_of(job, options.ways, options.ours)
         progress(f"writing a {job.kind} SDXL …")
-        model_bytes = write_model(job)
-        named = {"names": contest.titles(), "ways": dict(contest.ways), "bytes": model_bytes}
-        if {"single", "throughput"} & set(options.parts):
-            with rounds.ready(contest, sizes) as found:
-                if "single" in options.parts:
-                    one = rounds.single(contest, found, sizes, options.rounds, Path(place))
-                    yield "single", named | one
-                if "throughput" in options.parts:
-                    many = rounds.throughput(
-                        contest, found, sizes, options.rounds, options.concurrency
-                    )
-                    yield "throughput", named | many
-        if "start" in options.parts:
-            count = min(options.rounds, options.start_rounds)
-            started = start.run(contest, max(sizes), count, model_bytes)
-            yield "start", named | started | {"rounds": count}
-        if "switching" in options.parts:
-            yield (
-                "switching",
-                {"bytes": model_bytes} | switching.run(job, max(sizes), options.rounds),
-            )
+        plan = Plan(
+            options.parts,
+            job,
+            contest,
+            starts_of(contest, job, options.start_ways),
+            sizes,
+            options.rounds,
+            options.throughput_rounds or options.rounds,
+            min(options.rounds, options.start_rounds),
+            options.concurrency,
+            write_model(job),
+            Path(place),
+        )
+        yield from (side_by_side if options.side_by_side else one_after_another)(plan)
 
 
 def contest_of(job: Job, names: list[str] | None, variants: list[str]) -> Contest:
@@ -187,7 +185,20 @@ def _options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--ways",
         type=_list_of(_one_of(WAYS)),
-        help=f"some of {','.join(WAYS)} (default: all that suit the device)",
+        help=f"some of {','.join(WAYS)} (default: all that suit the device). Without ours, this engine is measured "
+        "only as --ours says",
+    )
+    parser.add_argument(
+        "--start-ways",
+        type=_list_of(_one_of([*WAYS, *OWN])),
+        help=f"who takes part in cold starts: the names of --ways, where ours stands for {', '.join(OWN)}, or some of "
+        "these three; compiling takes minutes on a card (default: as --ways and --ours, and ours with any --ours)",
+    )
+    parser.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="prepare all contestants at once, and then measure one at a time: for a machine with many cores whose "
+        "minutes are dear",
     )
     parser.add_argument(
         "--ours",
@@ -209,6 +220,9 @@ def _options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default: the best the device computes")
     parser.add_argument(
         "--rounds", type=_count, default=7, help="timed rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--throughput-rounds", type=_count, help="of images a second (default: as --rounds)"
     )
     parser.add_argument(
         "--start-rounds", type=_count, default=3, help="the most of cold starts (default: 3)"

@@ -7,10 +7,13 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, Self
 
 from benchmarks.generation.model import Job
@@ -47,6 +50,11 @@ class Contestant:
         self.ready = 0.0
 
     def __enter__(self) -> Self:
+        self.wait_until_ready()
+        return self
+
+    def wait_until_ready(self) -> None:
+        """Or raise, and then its process has ended."""
         try:
             answer = self._answer()
             if "skipped" in answer:
@@ -55,7 +63,6 @@ class Contestant:
             self._end()
             raise
         self.ready = answer["finished"]
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._end()
@@ -90,8 +97,12 @@ class Contestant:
         self._process.wait()
         return self.last_words() or f"exit status {self._process.returncode}"
 
-    def _end(self) -> None:
+    def kill(self) -> None:
+        """Whoever waits for its answer in another thread gets an error; nothing is tidied up yet."""
         self._process.kill()
+
+    def _end(self) -> None:
+        self.kill()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -99,6 +110,29 @@ class Contestant:
         self._process.wait()
         self._errors.close()
         shutil.rmtree(self._caches, ignore_errors=True)
+
+
+def begin(way: str, job: Job, exits: ExitStack) -> Contestant:
+    """Start one that ends with `exits`, and wait for nothing (see `wait_until_ready`)."""
+    with uninterrupted():
+        return exits.push(Contestant(way, job))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """For the main thread: what is started in the block is known to somebody who ends it before a signal is heard."""
+    came: list[int] = []
+    heard = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def last_line(text: str) -> str:

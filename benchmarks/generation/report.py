@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generation.asked import asked
-from benchmarks.generation.ways import NOT_MEASURED, OURS, PUBLISHED, STOCK, UNCOMPILED
+from benchmarks.generation.ways import COMPILING, NOT_MEASURED, OURS, PUBLISHED, STOCK, UNCOMPILED
 from benchmarks.wire.chart import Bar, Panel, draw
 
 Part = Mapping[str, Any]
@@ -41,11 +41,14 @@ START = (
     "imports, reading the folder from disk (warm page cache) and compiling included. This engine also verifies every "
     "byte."
 )
-START_OF_OURS = (
-    "This engine starts in three ways: with `COMPILE=off`; with code that `scripts/compile_model.py` has published "
-    "before the first round, for this machine and this size, fetched from the demo's S3 server on loopback while the "
-    "weights are read; and with `COMPILE=on` where nothing is published, so that it compiles before it is ready."
-)
+STARTS_OF_OURS = {
+    UNCOMPILED: "with `COMPILE=off`",
+    PUBLISHED: (
+        "with code that `scripts/compile_model.py` has published before the first round, for this machine and this "
+        "size, fetched from the demo's S3 server on loopback while the weights are read"
+    ),
+    COMPILING: "with `COMPILE=on` where nothing is published, so that it compiles before it is ready",
+}
 PUBLISHED_CODE = (
     "The command took {seconds:.0f} s to compile and publish {megabytes:.1f} MB. After every start with that code the "
     "engine was asked: the size ran compiled, and no graph was compiled there."
@@ -240,8 +243,8 @@ def _overhead_section(part: Part) -> str:
 
 def _start_section(part: Part) -> str:
     lines = ["## Cold start from a folder", "", _settings(part), START.format(**part), ""]
-    if part["found"].get(UNCOMPILED):
-        lines += [START_OF_OURS]
+    if own := [text for name, text in STARTS_OF_OURS.items() if part["found"].get(name)]:
+        lines += [f"This engine starts {'; '.join(own)}."]
         if part.get("published") and part["found"].get(PUBLISHED):
             code = part["published"]
             lines += [PUBLISHED_CODE.format(seconds=code["seconds"], megabytes=code["bytes"] / 1e6)]

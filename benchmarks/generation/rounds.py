@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generation.contestant import Contestant
+from benchmarks.generation.contestant import Contestant, begin
 from benchmarks.generation.model import Job
 from benchmarks.generation.ways import OURS, STOCK, WAYS, NotHereError
 from benchmarks.wire.measure import progress
@@ -48,9 +49,27 @@ class Field:
         try:
             return self.running[name].ask(question, **arguments)
         except NotHereError as reason:
-            self.skipped[name] = str(reason)
-            progress(f"{name}: skipped, {reason}")
+            self._skip(name, reason)
             return None
+
+    def warm(self, name: str, sizes: Sequence[int]) -> None:
+        """Wait until it is ready, and has made images of every size. One that fails is skipped."""
+        contestant = self.running[name]
+        try:
+            contestant.wait_until_ready()
+        except NotHereError as reason:
+            self._skip(name, reason)
+            return
+        for size in sizes:
+            for number in range(WARM_UPS):
+                self.ask(name, "one", prompt=f"warm-up {number}", seed=number, size=size)
+        self.ask(name, "settle")
+        if name not in self.skipped:
+            progress(f"{name}: ready and warm after {time.monotonic() - contestant.started:.0f} s")
+
+    def _skip(self, name: str, reason: NotHereError) -> None:
+        self.skipped[name] = str(reason)
+        progress(f"{name}: skipped, {reason}")
 
 
 @contextmanager
@@ -59,17 +78,8 @@ def ready(contest: Contest, sizes: Sequence[int]) -> Iterator[Field]:
     found = Field()
     with ExitStack() as stack:
         for name, job in contest.jobs.items():
-            try:
-                found.running[name] = stack.enter_context(Contestant(contest.ways[name], job))
-            except NotHereError as reason:
-                found.skipped[name] = str(reason)
-                progress(f"{name}: skipped, {reason}")
-                continue
-            for size in sizes:
-                for number in range(WARM_UPS):
-                    found.ask(name, "one", prompt=f"warm-up {number}", seed=number, size=size)
-            found.ask(name, "settle")
-            progress(f"{name}: ready and warm")
+            found.running[name] = begin(contest.ways[name], job, stack)
+            found.warm(name, sizes)
         yield found
 
 

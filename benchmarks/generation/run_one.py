@@ -22,6 +22,7 @@ from benchmarks.generation.ways import WAYS, Generate, Made, NotHereError, Ours
 from benchmarks.wire.memory import own, reset_peak
 
 QUALITY = 80  # PNG ignores it
+SECOND = "another"
 
 
 class Answers:
@@ -86,17 +87,21 @@ class Answers:
         assert isinstance(self._generate, Ours)  # noqa: S101 - its parent asks no other
         return {"sizes": self._generate.compiled(), **asdict(tally())}
 
-    def switch(self, size: int, rounds: int) -> dict[str, Any]:
-        """Seconds of a request for the model that was used last, and of one for another, taken in turns."""
+    def add_second(self) -> dict[str, Any]:
+        """Serve a second model from now on."""
         assert isinstance(self._generate, Ours)  # noqa: S101 - its parent asks no other
-        other = "another"
-        self._generate.add_second_model(other)
+        self._generate.add_second_model(SECOND)
+        return {}
+
+    def switch(self, size: int, rounds: int) -> dict[str, Any]:
+        """Seconds of a request for the model that was used last, and of one for the second, taken in turns."""
+        assert isinstance(self._generate, Ours)  # noqa: S101 - its parent asks no other
         found: dict[str, list[float]] = {"same": [], "other": []}
         for number in range(2 * (rounds + 1)):
             for kind in ("other", "same"):
                 started = time.perf_counter()
                 # Even turns go to the second model, odd ones back to the first.
-                model = None if number % 2 else other
+                model = None if number % 2 else SECOND
                 self._generate(f"a harbour, {kind} {number}", number, size, model)
                 if number > 1:
                     found[kind].append(time.perf_counter() - started)

@@ -6,57 +6,91 @@ This engine stands here three times: as it is without compiled code, with code t
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.generation.contestant import Contestant
-from benchmarks.generation.published import publish
+from benchmarks.generation.model import Job
+from benchmarks.generation.published import Publishing, publish
 from benchmarks.generation.rounds import SEED, Contest
-from benchmarks.generation.ways import COMPILING, OURS, PUBLISHED, UNCOMPILED, NotHereError
+from benchmarks.generation.ways import COMPILING, OURS, PUBLISHED, UNCOMPILED, WAYS, NotHereError
 from benchmarks.wire.measure import WARM_TIMES, progress
 from benchmarks.wire.memory import warm_free_memory
 
+OWN = {"uncompiled": UNCOMPILED, "published": PUBLISHED, "compiling": COMPILING}
+"""What the command line calls this engine's own starts."""
 
-def run(contest: Contest, size: int, rounds: int, model_bytes: int) -> dict[str, Any]:
-    """Every way once a round in a new order, after one round that is not counted (bytecode, page cache)."""
-    with ExitStack() as exits:
-        skipped: dict[str, str] = {}
-        about = None
-        if OURS in contest.jobs:
-            contest = in_three_ways(contest)
-            try:
-                published = publish(contest.jobs[PUBLISHED], exits)
-            except NotHereError as reason:
-                _skip(PUBLISHED, reason, skipped)
-            else:
-                about = dict(published.about)
-                jobs = {**contest.jobs, PUBLISHED: published.job}
-                contest = Contest(jobs, contest.ways)
-        found = measure(contest, size, rounds, model_bytes, skipped)
+
+@dataclass
+class Starts:
+    """Who starts, why others do not, and what the published code is once there is any."""
+
+    contest: Contest
+    skipped: dict[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] | None = None
+
+    def publish(self, exits: ExitStack) -> Publishing | None:
+        """Begin to compile and publish, if anybody starts with that; `take` waits for it."""
+        if PUBLISHED not in self.contest.jobs:
+            return None
+        try:
+            return publish(self.contest.jobs[PUBLISHED], exits)
+        except NotHereError as reason:
+            _skip(PUBLISHED, reason, self.skipped)
+            return None
+
+    def take(self, publishing: Publishing) -> None:
+        """Start with that code from now on, or not at all where there is none."""
+        try:
+            published = publishing.published()
+        except NotHereError as reason:
+            _skip(PUBLISHED, reason, self.skipped)
+            return
+        self.about = published.about
+        jobs = {**self.contest.jobs, PUBLISHED: published.job}
+        self.contest = Contest(jobs, self.contest.ways)
+
+    def measure(self, size: int, rounds: int, model_bytes: int) -> dict[str, Any]:
+        """Every way once a round in a new order, after one round that is not counted (bytecode, page cache)."""
+        found = measure(self.contest, size, rounds, model_bytes, self.skipped)
         return {
             "size": size,
-            "names": contest.titles(),
-            "ways": dict(contest.ways),
+            "names": self.contest.titles(),
+            "ways": dict(self.contest.ways),
             "found": found,
-            "skipped": skipped,
-            "published": about,
+            "skipped": self.skipped,
+            "published": self.about,
         }
 
 
-def in_three_ways(contest: Contest) -> Contest:
-    """With this engine's three starts in the place of the plain one, which would be one of them."""
-    plain = contest.jobs[OURS]
-    jobs = {
-        UNCOMPILED: replace(plain, settings={"COMPILE": "off"}),
-        PUBLISHED: plain,
-        COMPILING: replace(plain, settings={"COMPILE": "on"}),
+def starts_of(contest: Contest, job: Job, names: Sequence[str] | None) -> Contest:
+    """Who starts: of `names` (a way, or one of `OWN`; `ours` is all of these), or all of the contest.
+
+    Where this engine stands in the contest, if only with other settings, its own starts are there. A variant that
+    would be one of them is not started twice.
+    """
+    own = {
+        UNCOMPILED: replace(job, settings={"COMPILE": "off"}),
+        PUBLISHED: job,
+        COMPILING: replace(job, settings={"COMPILE": "on"}),
     }
-    ways = dict.fromkeys(jobs, OURS)
-    others = [name for name in contest.jobs if name != OURS]
+    if names is None:
+        asked = [*own] if OURS in contest.ways.values() else []
+        others = {
+            name: way
+            for name, way in contest.ways.items()
+            if name != OURS and contest.jobs[name] not in (own[UNCOMPILED], own[COMPILING])
+        }
+    else:
+        asked = [name for word, name in OWN.items() if word in names or OURS in names]
+        ways = [name for name in names if name in WAYS and name != OURS]
+        others = {name: name for name in ways}
     return Contest(
-        jobs | {name: contest.jobs[name] for name in others},
-        ways | {name: contest.ways[name] for name in others},
+        {name: own[name] for name in asked}
+        | {name: contest.jobs.get(name, job) for name in others},
+        dict.fromkeys(asked, OURS) | others,
     )
 
 

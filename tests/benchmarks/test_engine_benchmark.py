@@ -111,6 +111,79 @@ def test_switching_is_measured_beside_staying(page: Path) -> None:
 
 
 @pytest.mark.slow
+def test_side_by_side_all_is_prepared_before_anything_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "engine.md"
+
+    finished = run(
+        output,
+        *("--side-by-side", "--parts", "start,switching,throughput,single"),
+        *("--ways", "eager,torchao", "--ours", "MODEL_READER=thread", "--start-ways", "uncompiled"),
+        *("--model", "small", "--size", "64", "--steps", "1", "--dtype", "float32"),
+        *("--rounds", "2", "--throughput-rounds", "1", "--start-rounds", "1"),
+        *("--concurrency", "1,2"),
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    before, after = finished.stderr.split("all that can be had is ready", 1)
+    for prepared in (
+        "eager: ready and warm after",
+        "MODEL_READER=thread: ready and warm after",
+        "torchao: skipped",
+        "[switching] two models after",
+    ):
+        assert prepared in before
+    assert "[64x64" not in before
+    assert "[start" not in before
+    assert "[start" in after
+    parts = json.loads(output.with_suffix(".json").read_text())
+    assert [*parts] == ["single", "throughput", "switching", "start"]
+    assert [part["rounds"] for part in parts.values()] == [2, 1, 2, 1]
+    assert [*parts["start"]["found"]] == [UNCOMPILED]
+    assert all(parts["switching"]["found"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_interrupted_while_all_are_being_prepared_it_leaves_no_process_behind(
+    tmp_path: Path,
+) -> None:
+    mark = f"TMPDIR={tmp_path}"  # which every process of it inherits
+    command = [sys.executable, "benchmarks/engine.py", "--output", str(tmp_path / "engine.md")]
+    parts = ["--parts", "single,switching,start", "--side-by-side", "--model", "small"]
+    ways = ["--ways", "ours,eager", "--size", "64"]
+    with subprocess.Popen(
+        [*command, *parts, *ways],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "compiling and publishing" in line:
+                break
+        running = marked(mark)
+        process.terminate()
+        process.stderr.read()
+
+    assert len(running) > 4  # it, the S3 server, and three that make images
+    assert process.returncode == 143
+    assert not marked(mark)
+    assert not [left for left in tmp_path.iterdir() if left.name.startswith("bench-")]
+
+
+def marked(mark: str) -> list[Path]:
+    return [process for process in Path("/proc").iterdir() if mark in environment_of(process)]
+
+
+def environment_of(process: Path) -> list[str]:
+    try:
+        return (process / "environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # not a process, not ours, or gone
+        return []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.system_program("g++")
 def test_a_start_with_published_code_stands_between_one_without_and_one_that_compiles(
@@ -188,17 +261,46 @@ def test_a_start_is_what_it_is_called(
     assert start.runs_compiled(name, 64, {"sizes": sizes, "made": made, "found": found}) is holds
 
 
+JOB = Job("small", "/nowhere", "cpu", "float32", steps=4, native_size=64)
+
+
 def test_this_engine_starts_in_three_ways_beside_the_others_and_its_variants() -> None:
-    job = Job("small", "/nowhere", "cpu", "float32", steps=4, native_size=64)
+    starts = start.starts_of(contest_of(JOB, ["ours", "eager"], ["FLOAT8=on"]), JOB, None)
 
-    contest = start.in_three_ways(contest_of(job, ["ours", "eager"], ["FLOAT8=on"]))
+    assert [*starts.jobs] == [UNCOMPILED, PUBLISHED, COMPILING, "eager", "FLOAT8=on"]
+    assert starts.jobs[UNCOMPILED].settings == {"COMPILE": "off"}
+    assert starts.jobs[COMPILING].settings == {"COMPILE": "on"}
+    assert starts.jobs["FLOAT8=on"].settings == {"FLOAT8": "on"}
+    assert starts.jobs["eager"] == JOB
+    assert [*starts.ways.values()].count("ours") == 4
 
-    assert [*contest.jobs] == [UNCOMPILED, PUBLISHED, COMPILING, "eager", "FLOAT8=on"]
-    assert contest.jobs[UNCOMPILED].settings == {"COMPILE": "off"}
-    assert contest.jobs[COMPILING].settings == {"COMPILE": "on"}
-    assert contest.jobs["FLOAT8=on"].settings == {"FLOAT8": "on"}
-    assert contest.jobs["eager"] == job
-    assert [*contest.ways.values()].count("ours") == 4
+
+def test_a_variant_brings_this_engine_s_own_starts_and_is_not_started_twice() -> None:
+    starts = start.starts_of(contest_of(JOB, ["eager"], ["COMPILE=on", "COMPILE=off"]), JOB, None)
+
+    assert [*starts.jobs] == [UNCOMPILED, PUBLISHED, COMPILING, "eager"]
+    assert starts.jobs[UNCOMPILED].settings == {"COMPILE": "off"}
+
+
+def test_where_this_engine_is_not_in_the_contest_only_the_others_start() -> None:
+    assert [*start.starts_of(contest_of(JOB, ["eager"], []), JOB, None).jobs] == ["eager"]
+
+
+@pytest.mark.parametrize(
+    ("names", "starting"),
+    [
+        (["uncompiled", "published"], [UNCOMPILED, PUBLISHED]),
+        (["eager", "published"], [PUBLISHED, "eager"]),
+        (["ours"], [UNCOMPILED, PUBLISHED, COMPILING]),
+        (["compile"], ["compile"]),
+    ],
+)
+def test_who_starts_can_be_chosen_apart_from_the_contest(
+    names: list[str], starting: list[str]
+) -> None:
+    starts = start.starts_of(contest_of(JOB, ["eager"], ["FLOAT8=on"]), JOB, names)
+
+    assert [*starts.jobs] == [*starts.ways] == starting
 
 
 def test_a_job_s_secrets_stay_off_the_command_line() -> None:
@@ -207,6 +309,14 @@ def test_a_job_s_secrets_stay_off_the_command_line() -> None:
 
     assert "not-for-everybody" not in job.dump() + repr(job)
     assert Job.load(job.dump()) == replace(job, secrets={})
+
+
+def test_a_start_that_nobody_knows_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    refused = run(tmp_path / "engine.md", "--start-ways", "published,lukewarm")
+
+    assert refused.returncode == 2
+    assert "'lukewarm' is none of" in refused.stderr
+    assert "uncompiled, published, compiling" in refused.stderr
 
 
 def test_a_setting_that_this_product_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -284,9 +394,42 @@ def test_settings_in_float8_have_a_limit_of_their_own() -> None:
     single["names"] |= {"LINEAR=fp8": "this engine, LINEAR=fp8"}
     single["ways"] = {"ours": "ours", "eager": "eager", "LINEAR=fp8": "ours"}
 
-    lines = [line for line in asked(parts) if "fp8" in line.what]
+    lines = [line for line in asked(parts) if "on the card" in line.what and "fp8" in line.what]
 
     assert [(line.asked, line.holds) for line in lines] == [("at most 75 ms on an H200", False)]
+
+
+def test_on_a_card_every_setting_of_this_engine_is_held_against_what_is_asked() -> None:
+    parts = measured(0.10, 0.26, 40.0, "cuda")
+    single = parts["single"]
+    at_1024 = single["sizes"]["1024"]
+    at_1024["COMPILE=on"] = at_1024.pop("ours")
+    at_1024["FLOAT8=on"] = measured(0.07, 0.26, 20.0)["single"]["sizes"]["1024"]["ours"]
+    at_1024["compile"] = measured(0.09, 0.26, None)["single"]["sizes"]["1024"]["ours"]
+    single["ways"] = {name: name for name in at_1024} | dict.fromkeys(
+        ["COMPILE=on", "FLOAT8=on"], "ours"
+    )
+    single["names"] = {name: f"<{name}>" for name in at_1024}
+
+    lines = [*asked(parts)]
+
+    of_one, of_other = (
+        [line for line in lines if f"<{name}>" in line.what] for name in ("COMPILE=on", "FLOAT8=on")
+    )
+    assert [line.holds for line in of_one] == [True, False, True, True]
+    # No decibels are asked of float8.
+    assert [line.holds for line in of_other] == [True, True, True]
+
+
+def test_on_a_card_every_setting_of_this_engine_may_idle_as_little() -> None:
+    def busy(share: float) -> dict[str, Any]:
+        return {"8": [{"rate": 1.0, "busy": share}]}
+
+    found = {"ours": busy(0.95), "COMPILE=on": busy(0.8), "eager": {"1": [{"rate": 1.0}]}}
+    ways = {"ours": "ours", "COMPILE=on": "ours", "eager": "eager"}
+    part = {"device": "cuda", "sizes": {"1024": found}, "names": ways, "ways": ways}
+
+    assert [line.holds for line in asked({"throughput": part})] == [True, False]
 
 
 def started(published: float, device: str) -> dict[str, Any]:
