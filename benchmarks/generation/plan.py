@@ -96,7 +96,7 @@ def side_by_side(plan: Plan) -> Measured:
                 yield "switching", {"bytes": plan.model_bytes} | measured
         # All of them have ended, and given back the device's memory and the host's.
         if "start" in plan.parts:
-            yield "start", _start(plan, starts)
+            yield "start", _start(plan, starts, warm=bool(OF_THE_CONTEST & set(plan.parts)))
 
 
 def _at_once(
@@ -125,7 +125,7 @@ def _contest(plan: Plan, found: Field) -> Measured:
         yield "throughput", named | many | {"rounds": count}
 
 
-def _start(plan: Plan, starts: Starts) -> dict[str, Any]:
+def _start(plan: Plan, starts: Starts, *, warm: bool = False) -> dict[str, Any]:
     count = plan.start_rounds
-    measured = starts.measure(max(plan.sizes), count, plan.model_bytes)
+    measured = starts.measure(max(plan.sizes), count, plan.model_bytes, warm=warm)
     return {"bytes": plan.model_bytes} | measured | {"rounds": count}

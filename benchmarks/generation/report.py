@@ -249,7 +249,8 @@ def _start_section(part: Part) -> str:
             code = part["published"]
             lines += [PUBLISHED_CODE.format(seconds=code["seconds"], megabytes=code["bytes"] / 1e6)]
         lines += [""]
-    lines += _head(["way", "ready, s", "first image, s", "min to max", "times stock"])
+    head = ["way", "ready, s", "first image, s", "min to max", "times stock", "runs compiled, s"]
+    lines += _head(head)
     stock = _median(part["found"].get(STOCK, []), "image")
     for name, found in part["found"].items():
         if not found:
@@ -258,7 +259,9 @@ def _start_section(part: Part) -> str:
         image = statistics.median(images)
         cells = [part["names"][name], f"{_median(found, 'ready'):.2f}", f"{image:.2f}"]
         cells += [f"{min(images):.2f} to {max(images):.2f}"]
-        lines.append(_row([*cells, f"{image / stock:.2f}" if stock else ""]))
+        cells += [f"{image / stock:.2f}" if stock else ""]
+        compiled = [one["compiled"] for one in found if "compiled" in one]
+        lines.append(_row([*cells, f"{statistics.median(compiled):.2f}" if compiled else ""]))
     return "\n".join([*lines, "", *_skipped(part)])
 
 

@@ -80,12 +80,16 @@ class Answers:
             self._generate.settle()
         return {}
 
-    def compiled(self) -> dict[str, Any]:
-        """The sizes that run compiled, and how many graphs were made here for that, or found."""
+    def compiled(self, size: int) -> dict[str, Any]:
+        """The sizes that run compiled, how many graphs were made here for that, or found, and since when they are used.
+
+        Waits for `size` to be among them, as long as anything is made ready.
+        """
         from diffusion.compiled import tally
 
         assert isinstance(self._generate, Ours)  # noqa: S101 - its parent asks no other
-        return {"sizes": self._generate.compiled(), **asdict(tally())}
+        since = self._generate.await_compiled(size)
+        return {"sizes": self._generate.compiled(), "since": since, **asdict(tally())}
 
     def add_second(self) -> dict[str, Any]:
         """Serve a second model from now on."""

@@ -52,9 +52,14 @@ class Starts:
         jobs = {**self.contest.jobs, PUBLISHED: published.job}
         self.contest = Contest(jobs, self.contest.ways)
 
-    def measure(self, size: int, rounds: int, model_bytes: int) -> dict[str, Any]:
-        """Every way once a round in a new order, after one round that is not counted (bytecode, page cache)."""
-        found = measure(self.contest, size, rounds, model_bytes, self.skipped)
+    def measure(
+        self, size: int, rounds: int, model_bytes: int, *, warm: bool = False
+    ) -> dict[str, Any]:
+        """Every way once a round in a new order.
+
+        After one round that is not counted, unless bytecode, page cache and free memory are `warm` already.
+        """
+        found = measure(self.contest, size, rounds, 0 if warm else model_bytes, self.skipped)
         return {
             "size": size,
             "names": self.contest.titles(),
@@ -97,10 +102,13 @@ def starts_of(contest: Contest, job: Job, names: Sequence[str] | None) -> Contes
 def measure(
     contest: Contest, size: int, rounds: int, model_bytes: int, skipped: dict[str, str]
 ) -> dict[str, list[dict[str, float]]]:
-    """What was found of each. Whoever fails in one round is asked no more, and nothing of it is told."""
+    """What was found of each. Whoever fails in one round is asked no more, and nothing of it is told.
+
+    With no `model_bytes` there is nothing to warm, and every round counts.
+    """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in contest.jobs}
     order = random.Random(SEED)
-    for number in range(rounds + 1):
+    for number in range(0 if model_bytes else 1, rounds + 1):
         for name in order.sample(sorted(found), len(found)):
             if name in skipped:
                 continue
@@ -125,21 +133,24 @@ def _skip(name: str, reason: NotHereError, skipped: dict[str, str]) -> None:
 
 
 def _start(contest: Contest, name: str, size: int, model_bytes: int) -> dict[str, float]:
-    warm_free_memory(WARM_TIMES * model_bytes)
+    if model_bytes:
+        warm_free_memory(WARM_TIMES * model_bytes)
     with Contestant(contest.ways[name], contest.jobs[name]) as contestant:
         answer = contestant.ask("one", prompt="the first of all", seed=1, size=size)
+        found = {
+            "ready": contestant.ready - contestant.started,
+            "image": answer["finished"] - contestant.started,
+        }
         if name in (PUBLISHED, COMPILING):
-            used = contestant.ask("compiled")
+            used = contestant.ask("compiled", size=size)
+            found["compiled"] = used["since"] - contestant.started
             if not runs_compiled(name, size, used):
                 raise NotHereError(
                     f"{used['found']} graphs were taken from artifacts and {used['made']} compiled, and "
                     f"{size}x{size} is {'' if [size, size] in used['sizes'] else 'not '}compiled. "
                     f"{contestant.last_words() or 'It gave no warning'}"
                 )
-        return {
-            "ready": contestant.ready - contestant.started,
-            "image": answer["finished"] - contestant.started,
-        }
+        return found
 
 
 def runs_compiled(name: str, size: int, used: dict[str, Any]) -> bool:

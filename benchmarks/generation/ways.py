@@ -81,6 +81,12 @@ class Ours:
         for done in self._engine.getting_ready:
             done.exception()
 
+    def await_compiled(self, size: int) -> float:
+        """When (`time.monotonic()`) it was seen that the size runs compiled, or that it never will."""
+        while (size, size) not in self._engine.compiled and self._engine.getting_ready:
+            time.sleep(0.01)
+        return time.monotonic()
+
     def compiled(self) -> list[tuple[int, int]]:
         """Width and height of what runs compiled."""
         return sorted(self._engine.compiled)

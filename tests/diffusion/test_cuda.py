@@ -211,12 +211,38 @@ def test_compiled_regions_run_inside_graphs_and_come_out_of_torchs_caches(
         pipeline = build(model, dtype=torch.bfloat16, device="cuda")
         engine = Engine(pipeline, LIGHTNING, compiling=compiling)
         engine.warm_up()
+        (first,) = engine.generate(REQUEST)  # served while code out of the caches is read
+        assert psnr(pixels(first.image), pixels(expected.image)) >= 35
+        for done in engine.getting_ready:
+            done.exception(300)
 
+        assert engine.compiled == compiling.sizes
         assert engine._speed._regions is not None
         assert len(engine._speed._regions) == 2  # the denoiser's pass and the decoder's
         assert len(engine._loop._graphs) >= 1
         (ours,) = engine.generate(REQUEST)
         assert psnr(pixels(ours.image), pixels(expected.image)) >= 35
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prompts_from_graphs_are_bit_for_bit_those_without(model, dtype):
+    first = build(model, GUIDED, dtype=dtype, device="cuda")
+    engine, plain = Engine(first, GUIDED), build(model, GUIDED, dtype=dtype, device="cuda")
+    engine.warm_up()
+    prompts = ("a small red boat", "a lighthouse in a storm"), ("a harbour", "fog")
+
+    for prompt, negative in prompts:
+        request = dataclasses.replace(
+            REQUEST, prompt=prompt, negative_prompt=negative, guidance_scale=5.0, steps=2
+        )
+        with torch.inference_mode():
+            ours = engine._model(None).prompts.encode(engine._model(None).plan(request))
+            stock = plain.encode_prompt(prompt, negative_prompt=negative, device="cuda")
+
+        for name, theirs in zip(SDXL.embeddings, stock, strict=True):
+            assert torch.equal(ours[name], theirs), name
+    assert all("forward" in one.__dict__ for one in engine._model(None).text_encoders)
+    assert all(len(one.forward._graphs) == 1 for one in engine._model(None).text_encoders)
 
 
 @pytest.mark.timeout(600)
