@@ -46,7 +46,10 @@ class WideAttention:
         self,
         attention: Any,
         hidden_states: torch.Tensor,
-        **_others: Any,  # stock passes what only other kinds of attention read
+        # Stock passes these to every processor, and warns of each that is not named here. None of them is asked for.
+        encoder_hidden_states: torch.Tensor | None = None,  # noqa: ARG002
+        attention_mask: torch.Tensor | None = None,  # noqa: ARG002
+        temb: torch.Tensor | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
         image = hidden_states
         normed = image if attention.group_norm is None else attention.group_norm(image)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo
 from diffusers import AutoencoderKL
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from diffusion import group_norms, wide_attention
 from diffusion.group_norms import SpreadGroupNorm, spread_group_norms
 from diffusion.layout import SideBySideTransformer, lay_channels_side_by_side
+from diffusion.regions import decoder_regions, denoiser_regions
 from diffusion.wide_attention import WideAttention, attend, widen_attention
 from tests.diffusion.support import build
 
@@ -131,6 +133,22 @@ class TestWideAttention:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         assert widen_attention(vae) == 0
 
+    def test_a_compiler_can_read_a_decoder_whole(self, vae, caplog):
+        latents = noise(1, 4, 8, 8)
+        expected = vae.decode(latents, return_dict=False)[0]
+        widen_attention(vae)
+        spread_group_norms(vae)
+        lay_channels_side_by_side(vae)
+        (decoder,) = decoder_regions(vae)
+        decoder.compile({"fullgraph": True, "dynamic": False, "backend": "eager"})
+        decoder.switch(compiled=True)
+
+        found = vae.decode(latents, return_dict=False)[0]
+
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        # Stock warns of arguments that a processor does not name.
+        assert [one for one in caplog.records if one.levelname == "WARNING"] == []
+
     def test_attention_that_fast_kernels_take_stays_stocks(self, model):
         pipeline = build(model)
 
@@ -162,7 +180,8 @@ class TestLayout:
         assert found.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
-    def test_a_unet_keeps_its_numbers(self, model):
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_unet_keeps_its_numbers(self, model, compiled):
         pipeline = build(model)
         unet = pipeline.unet
         arguments = {
@@ -179,7 +198,12 @@ class TestLayout:
 
         lay_channels_side_by_side(unet)
         spread = spread_group_norms(unet)
+        regions = list(denoiser_regions(unet, on_card=True)) if compiled else []
+        for region in regions:
+            region.compile({"fullgraph": True, "dynamic": False, "backend": "eager"})
+            region.switch(compiled=True)
 
-        found = unet(latents, **arguments)[0]
+        with torch._dynamo.config.patch(recompile_limit=128):
+            found = unet(latents, **arguments)[0]
         assert spread == sum(isinstance(one, SpreadGroupNorm) for one in unet.modules())
         assert math.isclose(float((found - expected).abs().max()), 0, abs_tol=1e-4)

@@ -2,6 +2,8 @@
 
 import gc
 import io
+import logging
+import math
 import re
 import tarfile
 import weakref
@@ -43,6 +45,15 @@ def warmed(folder: Path, compiling: Compiling | None) -> Engine:
     engine.warm_up()
     for done in engine.getting_ready:
         done.result(300)
+    return engine
+
+
+def rehearsing(folder: Path) -> Engine:
+    """On a CPU, which does not by itself."""
+    engine = Engine(
+        build(folder, RECIPE), RECIPE, compiling=Compiling(SIZES, only_from_artifacts=True)
+    )
+    engine._rehearses = True
     return engine
 
 
@@ -158,6 +169,46 @@ class TestCompiled:
         assert {path.name for path in tmp_path.rglob("*.so")} == {
             path.name for path in made.cache.rglob("*.so")
         }
+
+    def test_code_is_read_beside_requests_and_takes_over_as_on_a_card(
+        self, made, model, plain, tmp_path, monkeypatch, caplog
+    ):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        torch._dynamo.reset()
+        before = tally()
+        load_artifacts(made.artifacts)
+        engine = rehearsing(model)
+
+        with caplog.at_level(logging.INFO, logger="diffusion"):
+            engine.warm_up()
+            (waiting,) = engine.getting_ready
+            served = image(engine)  # READY, and nothing has been read yet
+            waiting.result(300)
+
+        np.testing.assert_array_equal(served, image(plain))
+        assert engine.compiled == SIZES
+        assert tally().made == before.made
+        assert tally().found > before.found
+        assert "Compiled code took over for 1 of 64x64" in caplog.text
+        ours, theirs = (next(one.generate(REQUEST)).image for one in (engine, plain))
+        assert 50 <= peak_signal_to_noise(ours, theirs) < math.inf
+
+    def test_code_that_cannot_be_read_beside_requests_leaves_the_plain_path_and_one_line(
+        self, model, plain, tmp_path, monkeypatch, caplog
+    ):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        torch._dynamo.reset()
+        engine = rehearsing(model)
+
+        engine.warm_up()
+        for waiting in engine.getting_ready:
+            waiting.result(300)
+
+        (line,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+        assert line.startswith("1 of 64x64 runs without compiled code")
+        assert "Publish them again with scripts/compile_model.py" in line
+        assert engine.compiled == frozenset()
+        np.testing.assert_array_equal(image(engine), image(plain))
 
     def test_artifacts_that_do_not_fit_leave_the_plain_path_and_one_line(
         self, model, plain, tmp_path, monkeypatch, caplog
