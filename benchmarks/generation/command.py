@@ -139,6 +139,7 @@ def _settings(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "sizes": options.size or SIZES[model],
         "steps": options.steps,
         "load": os.getloadavg()[0],  # before anything of ours runs
+        "remark": options.remark,
     }
 
 
@@ -232,6 +233,9 @@ def _options(description: str | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--overhead-size", type=_count, default=1024, help="of the requests' images (default: 1024)"
+    )
+    parser.add_argument(
+        "--remark", default="", help="what readers should know of this run; it stands on the page"
     )
     parser.add_argument(
         "--output", type=Path, help="default: engine-cpu.md or engine-<card>.md in the results"

@@ -106,6 +106,7 @@ def _settings(part: Part) -> str:
         f"{part['date']}, {part['machine']}; {part['versions']}.\n"
         f"{model}, {part['dtype']}, {part['steps']} steps, rounds: {part['rounds']}. `{part['command']}`\n"
         f"What else ran on the machine when this began had a load of {part['load']:.1f}.\n"
+        + (f"\n**{part['remark']}**\n" if part.get("remark") else "")
     )
 
 
@@ -221,6 +222,7 @@ def _overhead_section(part: Part) -> str:
         f"{part['date']}, {part['machine']}; {part['versions']}.\n"
         f"Requests: {part['rounds']}. `{part['command']}`\n"
         f"What else ran on the machine when this began had a load of {part['load']:.1f}.\n"
+        + (f"\n**{part['remark']}**\n" if part.get("remark") else "")
     )
     lines += [settings, OVERHEAD.format(size=part["size"]), ""]
     lines += _head(["milliseconds", "median", "min to max"])
