@@ -220,7 +220,9 @@ def _build_engine(
     device = choose_device(settings.device)
     dtype = choose_dtype(device, settings.dtype)
     if stream.waits_for_destination:
-        stream.deliver_to(_destination(stream, device, open_things))
+        stream.deliver_to(
+            _destination(stream, device, open_things), on_host=_kept_on_host(stream, device)
+        )
     from diffusion.build import build_pipeline
     from diffusion.compiled import tally
     from diffusion.engine import Engine
@@ -261,11 +263,12 @@ def _build_engine(
             if to_compile is not None:
                 graphs = tally()
                 details.update(graphs_compiled=graphs.made, graphs_found=graphs.found)
-                logger.info(
-                    "compiled regions: %d graphs from artifacts, %d compiled here",
-                    graphs.found,
-                    graphs.made,
-                )
+                if graphs.found or graphs.made:  # on a card those that are published come later
+                    logger.info(
+                        "compiled regions: %d graphs from artifacts, %d compiled here",
+                        graphs.found,
+                        graphs.made,
+                    )
     logger.info(
         "ready on %s (%s): weights %.1f s beside imports %.1f s, built after %.1f s, warm-up %.1f s",
         device,
@@ -290,6 +293,23 @@ def _destination(
     memory = open_things.enter_context(CardMemory(device, stream.ring_memory))
     open_things.callback(stream.close)  # first, or pieces would go on to a card that takes no more
     return memory
+
+
+def _kept_on_host(stream: ModelStream, device: torch.device) -> tuple[str, ...]:
+    """The folders whose tensors do not go to the card as they come: the text encoders', where not all of it fits there.
+
+    Whether they stay on the host is decided once the configs have been read (`diffusion.fitting`); by then weights have
+    landed, and a card that they fill has nothing left to decide with.
+    """
+    from diffusion.device import free_bytes, has_room_to_land  # with torch alone
+
+    if device.type != "cuda" or stream.recipe is None:
+        return ()
+    if has_room_to_land(free_bytes(device), stream.total_bytes):
+        return ()
+    return tuple(
+        tokenizer.encoder for tokenizer in recipe_of(stream).architecture.tokenizers.values()
+    )
 
 
 def recipe_of(stream: ModelStream) -> Recipe:

@@ -14,10 +14,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
 from diffusion.components import build_module, build_scheduler, build_tokenizer, parts_of
+from diffusion.device import free_bytes
 from diffusion.errors import ModelError
 from diffusion.families import PREVIEW_VAE, PREVIEW_VAE_CLASS
-from diffusion.fitting import Fit, choose_fit, decode_in_tiles, free_bytes, needs_of
+from diffusion.fitting import Fit, choose_fit, decode_in_tiles, needs_of
 from diffusion.float8 import computes_float8
+from diffusion.host_memory import pin
 from diffusion.landing import LandedTensor, Landing, Problems
 from diffusion.recipe import Recipe, read_config
 
@@ -84,6 +86,10 @@ def build_pipeline(
         for name in modules | beside
     }
     _land(tensors, modules | beside, recipe, places, dtype)
+    if fit.text_on_host:
+        for name, module in modules.items():
+            if _reads_text(name, recipe):
+                pin(module)
     if fit.tiles:
         decode_in_tiles(modules["vae"])
 

@@ -4,6 +4,9 @@ import torch
 
 from diffusion.errors import DeviceError
 
+# Beside the weights while they come in: what is being cast, what waits for its module, and what fragments take.
+LANDING_MARGIN = 2 * 2**30
+
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -78,3 +81,14 @@ def _check_kernels(device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} is here, but torch {torch.__version__} cannot run on it ({error}). "
             "Rent a newer card, install a torch built for this one, or ask for cpu."
         ) from error
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process can have of a card, what torch holds already included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device)
+
+
+def has_room_to_land(free: int, weights: int) -> bool:
+    """Whether all weights can come to lie on a card at once, before any module says where it is to stay."""
+    return free >= weights + LANDING_MARGIN

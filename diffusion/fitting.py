@@ -128,12 +128,6 @@ def needs_of(
     )
 
 
-def free_bytes(device: torch.device) -> int:
-    """What this process can have of a card, what torch holds already included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device)
-
-
 def decode_in_tiles(vae: Any) -> None:
     """Have stock's own tiling begin where one tile ends; by default it begins beyond the native size."""
     vae.enable_tiling()

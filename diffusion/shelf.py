@@ -5,9 +5,8 @@ so that switching costs a copy, and compiled code and CUDA graphs stay valid. Wh
 text encoders, is held once and not copied.
 """
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +14,12 @@ import torch
 
 from diffusion.build import module_dtype
 from diffusion.errors import ModelError
+from diffusion.host_memory import rooms_like
 from diffusion.landing import slots
 from diffusion.model import Model
 from diffusion.refresh import Staged, same_config
 
-logger = logging.getLogger(__name__)
-
 Tensors = dict[str, torch.Tensor]
-
-# torch's own allocator's; tensors begin at its multiples.
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -143,8 +138,7 @@ class Shelf:
     def _held(self, tensors: Tensors) -> Tensors:
         """The tensors as they wait on the host; what another model has too is not held twice.
 
-        They lie as their places on the device do, so that a copy needs no memory there, and in one piece of memory: in
-        pieces, torch pins up to twice as much.
+        They lie as their places on the device do, so that a copy needs no memory there.
         """
         held: Tensors = {}
         own: list[str] = []
@@ -158,32 +152,11 @@ class Shelf:
                 own.append(key)
             else:
                 held[key] = found
-        for key, room in zip(own, self._rooms([self._places[key] for key in own]), strict=True):
+        pinned = self._device.type == "cuda"
+        rooms = rooms_like([self._places[key] for key in own], pinned=pinned)
+        for key, room in zip(own, rooms, strict=True):
             held[key] = room.copy_(tensors[key].detach())
         return held
-
-    def _rooms(self, places: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Host memory for tensors like these, pinned where there is a card."""
-        sizes = [-(-place.nbytes // ALIGNMENT) * ALIGNMENT for place in places]
-        memory = self._memory(sum(sizes))
-        offset = 0
-        for place, size in zip(places, sizes, strict=True):
-            flat = memory[offset : offset + place.nbytes].view(place.dtype)
-            yield flat.as_strided(place.shape, torch.empty_like(place, device="meta").stride())
-            offset += size
-
-    def _memory(self, size: int) -> torch.Tensor:
-        if self._device.type == "cuda":
-            try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                logger.warning(
-                    "%.1f GB of host memory cannot be pinned (%s): switching models takes longer. Raise the "
-                    "container's limit on locked memory (ulimit -l).",
-                    size / 1e9,
-                    str(error).partition("\n")[0],
-                )
-        return torch.empty(size, dtype=torch.uint8)
 
 
 def _named_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -188,12 +188,15 @@ class ModelStream:
         found = self._process.counters if self._process is not None else {}
         return {**Counters(total_bytes=self.total_bytes).as_dict(), **found}
 
-    def deliver_to(self, destination: Destination) -> None:
-        """Let tensors come to lie in `destination` from now on; once, and only where it was waited for."""
+    def deliver_to(self, destination: Destination, on_host: Collection[str] = ()) -> None:
+        """Let tensors come to lie in `destination` from now on; once, and only where it was waited for.
+
+        Those of the folders `on_host` stay in this process's memory.
+        """
         if self._process is None:
             raise WeightsError("the weights are read into host memory already")
         self._waits = False
-        self._process.deliver(self._landings(destination), self._end)
+        self._process.deliver(self._landings(destination, on_host), self._end)
 
     def configs(self) -> dict[str, bytes]:
         """Every config file, by its path; waits for the last of them. Raises WeightsError."""
@@ -245,7 +248,7 @@ class ModelStream:
         self._fetcher = Fetcher(
             self._reader,
             self._files,
-            Landings(self._landings(HostMemory())),
+            Landings(self._landings(HostMemory(), ())),
             pace=Pace(
                 options.connections,
                 limit=max(LIMIT, options.connections or 0),
@@ -258,12 +261,15 @@ class ModelStream:
         )
         self._fetcher.start()
 
-    def _landings(self, destination: Destination) -> dict[str, WholeFile | WeightFile]:
+    def _landings(
+        self, destination: Destination, on_host: Collection[str]
+    ) -> dict[str, WholeFile | WeightFile]:
         landings: dict[str, WholeFile | WeightFile] = dict(self._configs)
+        host = HostMemory()
         for file in self._files:
             if file.is_weights:
-                place = self._place(file)
-                landings[file.path] = WeightFile(file, place, destination, self._landed.put)
+                there = host if file.path.rpartition("/")[0] in on_host else destination
+                landings[file.path] = WeightFile(file, self._place(file), there, self._landed.put)
         return landings
 
     def _place(self, file: SnapshotFile) -> str:

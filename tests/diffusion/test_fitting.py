@@ -9,10 +9,13 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from diffusion.device import has_room_to_land
 from diffusion.fitting import GIB, Fit, Needs, choose_fit, decode_in_tiles, needs_of, visiting
+from diffusion.host_memory import pin
 from diffusion.recipe import SDXL
 from tests.diffusion.support import build, read_tensors
 from tests.support.small_families import write_small_sd1, write_small_sd3
@@ -290,3 +293,23 @@ def test_what_is_no_parameter_and_comes_from_a_file_counts_too(tmp_path):
     states = (*transformer.state_dict().values(), *vae.state_dict().values())
     assert "pos_embed.pos_embed" in transformer.state_dict()
     assert needs.others == 2 * sum(tensor.numel() for tensor in states)
+
+
+@pytest.mark.parametrize(("free", "room"), [(8 * GIB, False), (9 * GIB, True), (80 * GIB, True)])
+def test_weights_land_on_a_card_that_has_room_for_all_of_them_and_some_more(free, room):
+    assert has_room_to_land(free, int(6.94e9)) is room
+
+
+def test_a_module_that_stays_on_the_host_is_pinned_in_one_piece_and_keeps_its_numbers(caplog):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3).half())
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    pin(module)
+
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+        assert tensor.data_ptr() % 64 == 0
+    assert len({one.untyped_storage().data_ptr() for one in module.state_dict().values()}) == 1
+    if not torch.cuda.is_available():
+        assert "cannot be pinned" in caplog.text

@@ -153,6 +153,27 @@ def test_for_a_card_the_bytes_wait_in_the_ring_until_it_is_known_where_they_go(p
         assert stream.counters()["folder_bytes"] == stream.total_bytes
 
 
+def test_for_a_card_that_is_small_some_folders_stay_on_the_host(published, pulled):
+    class Card(HostMemory):
+        def __init__(self) -> None:
+            self.paths: list[str] = []
+
+        def reserve(self, path, places):
+            self.paths.append(path)
+            return super().reserve(path, places)
+
+    card, options = Card(), ReadOptions(folder=pulled)
+    with open_model(None, MODEL, options=options, wait_for_destination=True) as stream:
+        weights = {file.path for file in stream.snapshot.files if file.is_weights}
+        folders = {path.rpartition("/")[0] for path in weights}
+        kept = min(folders)
+        stream.deliver_to(card, on_host={kept})
+        assert_whole(stream, published)
+
+    assert len(folders) > 1
+    assert set(card.paths) == {path for path in weights if path.rpartition("/")[0] != kept}
+
+
 def test_the_node_s_cache_is_left_alone_where_the_folder_has_everything(
     server, published, pulled, tmp_path
 ):
