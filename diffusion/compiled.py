@@ -30,13 +30,13 @@ from torch import nn
 
 from diffusion.device import ran_out_of_memory
 from diffusion.errors import CompileError
-from diffusion.regions import Region, decoder_regions, denoiser_regions
+from diffusion.regions import Note, Region, decoder_regions, denoiser_regions
 from diffusion.rehearsal import MOST_GRAPHS, Rehearsal
 
 logger = logging.getLogger(__name__)
 
+Way = Callable[[Region], None]
 
-WITHOUT = "%s runs without compiled code, as well as ever: %s"
 
 _TORCHS_OWN = "torch"  # in the archive: what `torch.compiler` saved
 _LIBRARIES = (
@@ -136,23 +136,23 @@ class CompiledRegions:
 
     @contextmanager
     def observing(self) -> Iterator[Rehearsal]:
-        """Inside, every kind of call is noted, of passes whose shapes were not learned. Run it on any thread then."""
+        """Inside, passes run as they are, and every kind of call is noted. Run what was noted on any thread then."""
         rehearsal = Rehearsal()
         with ExitStack() as exits:
             for part in self._parts:
-                for region in part.regions:
-                    exits.enter_context(region.observed(rehearsal.note))
+                exits.enter_context(part.observing(rehearsal.note))
             yield rehearsal
 
 
 class _Part:
-    """Stands before `owner`'s method, and says for every call whether the regions inside run compiled."""
+    """Stands before `owner`'s method, and says for every call how the regions inside run."""
 
     def __init__(
         self, owner: nn.Module, method: str, regions: Iterable[Region], how: Mapping[str, Any]
     ) -> None:
         self.owner = owner
         self.lesson: Lesson | None = None  # while there is something to learn
+        self.observed = False
         self.learned: set[object] = set()
         self._refused: set[object] = set()
         self._name = type(owner).__name__
@@ -160,28 +160,29 @@ class _Part:
         self.regions = list(regions)
         for region in self.regions:
             region.compile(how)
-        self._compiled = True
-        self._switch(compiled=False)
+        self._way: Way | None = None
         setattr(owner, method, self._gate)
 
     def _gate(self, *arguments: Any, **named: Any) -> Any:
-        call = partial(self._call, *arguments, **named)
+        if self.observed:
+            return self._call(*arguments, **named)
         shapes = _shapes((arguments, named))
         if shapes in self.learned:
-            # A guard that fails all the same makes it slower, never compiles.
-            return self._run(call, "eager_on_recompile")
+            self._run(Region.run_known)
+            return self._call(*arguments, **named)
         if self.lesson is None or shapes in self._refused:
             if self.lesson is not None:
                 self.lesson.learned = False
-            self._switch(compiled=False)
-            return call()
+            self._run(Region.run_plain)
+            return self._call(*arguments, **named)
         reason = ""
         try:
             from torch._dynamo import config
 
+            self._run(Region.run_learning)
             # torch keeps its configuration by thread, so it is set where it is read.
             with config.patch(recompile_limit=MOST_GRAPHS):
-                result = self._run(call, "default")
+                result = self._call(*arguments, **named)
         except Exception as error:
             if isinstance(error, RuntimeError) and ran_out_of_memory(error):
                 raise
@@ -190,23 +191,30 @@ class _Part:
             self.learned.add(shapes)
             return result
         if not self._refused:
-            logger.warning(WITHOUT, self._name, reason)
+            logger.warning("%s runs without compiled code, as well as ever: %s", self._name, reason)
         self._refused.add(shapes)
         self.lesson.learned = False
-        self._switch(compiled=False)
-        return call()
+        self._run(Region.run_plain)
+        return self._call(*arguments, **named)
 
-    def _run(self, call: Callable[[], Any], stance: str) -> Any:
-        self._switch(compiled=True)
-        with torch.compiler.set_stance(stance):
-            return call()
+    def _run(self, way: Way) -> None:
+        if way is not self._way:
+            for region in self.regions:
+                way(region)
+            self._way = way
 
-    def _switch(self, *, compiled: bool) -> None:
-        if compiled == self._compiled:
-            return
-        for region in self.regions:
-            region.switch(compiled=compiled)
-        self._compiled = compiled
+    @contextmanager
+    def observing(self, note: Note) -> Iterator[None]:
+        """Inside all calls run as they are, and `note` is told of the regions'."""
+        self._run(Region.run_plain)
+        with ExitStack() as exits:
+            for region in self.regions:
+                exits.enter_context(region.observed(note))
+            self.observed = True
+            try:
+                yield
+            finally:
+                self.observed = False
 
 
 def save_artifacts() -> bytes:

@@ -58,6 +58,7 @@ class DeviceLoop:
         company_seconds: how long the first of the line waits for others to share its passes.
         weights_changed: called when models have taken turns, before the next pass.
         graphs: of the denoiser's passes, for this thread alone while it is not paused.
+        forget_graphs: called as the thread ends, for these and all others that it has recorded.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class DeviceLoop:
         company_seconds: float,
         weights_changed: Callable[[], None],
         graphs: Graphs,
+        forget_graphs: Callable[[], None],
     ) -> None:
         self.models = {model.name: model}
         self.default = model.name
@@ -82,6 +84,7 @@ class DeviceLoop:
         self._images: list[UnderWay] = []
         self._begun: set[Job[Wish]] = set()
         self._graphs = graphs
+        self._forget_graphs = forget_graphs
         self._chores: deque[Chore] = deque()
         self._soon: deque[Chore] = deque()
         self._at_a_chore = False
@@ -246,7 +249,7 @@ class DeviceLoop:
         for _, done in chores:
             done.cancel()
         # Libraries keep by thread what they have built for recorded kernels.
-        self._graphs.forget()
+        self._forget_graphs()
         if pictures is not None:
             pictures.shutdown(wait=False)
 

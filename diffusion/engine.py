@@ -6,10 +6,9 @@ The parts and their arithmetic are stock diffusers', so the pixels are too. Enco
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from threading import Event
@@ -18,19 +17,18 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusion.company import Company
-from diffusion.compiled import WITHOUT, Compiling, first_line
+from diffusion.compiled import Compiling
 from diffusion.denoising import is_guided
 from diffusion.device_loop import DeviceLoop
 from diffusion.errors import RequestError
 from diffusion.graphs import Graphs
 from diffusion.line import Job
 from diffusion.model import Model
+from diffusion.readiness import Readiness
 from diffusion.recipe import Recipe
 from diffusion.refresh import Staged, one_refresh_at_a_time, take_over
-from diffusion.rehearsal import Rehearsal
-from diffusion.request import GenerationRequest, Plan
+from diffusion.request import GenerationRequest
 from diffusion.shelf import OnShelf, Shelf
-from diffusion.sizes import ASPECT_RATIOS, size_for
 from diffusion.speed import Speed
 from diffusion.under_way import GeneratedImage, Wish
 from diffusion.watching import Watch
@@ -95,10 +93,6 @@ class Engine:
             most = 1
         self._most = most
         self._compiling = compiling or Compiling(frozenset(), only_from_artifacts=True)
-        # A CPU has no second team of threads to read code with: passes would take three times as long meanwhile.
-        self._rehearses = not on_cpu and self._compiling.only_from_artifacts
-        self._learned: set[tuple[int, int, int]] = set()
-        self._getting_ready: list[Future[None]] = []
         self._graphs = Graphs(self._device)
         self._speed = Speed(
             self._device,
@@ -113,8 +107,10 @@ class Engine:
             batch_seconds,
             self._weights_changed(model),
             self._graphs,
+            self._speed.forget_graphs,
         )
-        weakref.finalize(self, self._loop.stop)
+        self._readiness = Readiness(self._loop, self._speed, self._compiling, most, self._device)
+        weakref.finalize(self, _stop, self._readiness, self._loop)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -226,12 +222,12 @@ class Engine:
         self._loop.models[model.name] = model
         self._loop.shelf = Shelf(model, self._weights_changed(model))
         self._weights_changed(model)()
-        if model.denoiser is not old.denoiser:
+        replaced = model.denoiser is not old.denoiser
+        if replaced:
             # Its tensors lie elsewhere: graphs would go on reading those of the one before, and keep them.
             self._graphs.forget()
-            self._get_ready_later(self._sizes())
-            if self._rehearses:
-                self._rehearse_later()
+        if replaced or model.pipeline.vae is not old.pipeline.vae:
+            self._readiness.begin_again()
 
     def _weights_changed(self, model: Model) -> Callable[[], None]:
         return partial(self._speed.prepare, model.denoiser, model.pipeline.vae, model.text_encoders)
@@ -295,135 +291,22 @@ class Engine:
         is done on a thread of its own.
         """
         started = time.perf_counter()
-        native = self.recipe.native_size
         self._generate_one()
         if self._device.type == "cuda":
             default_steps = self.recipe.default_steps
             self._speed.try_float8(partial(self._generate_one, default_steps))
-        sizes = self._sizes()
-        at_once = [(native, native, 1)] if sizes else []
-        if not self._compiling.only_from_artifacts:
-            compiled = self._in_batches(sorted(self._compiling.sizes))
-            at_once = list(dict.fromkeys(at_once + compiled))
-        for number, what in enumerate(at_once, 1):
-            self._when_idle(*what).exception()
-            if not self._compiling.only_from_artifacts:
-                logger.info(
-                    "Compiling: done with %d of %d sizes and batches after %.0f s.",
-                    number,
-                    len(at_once),
-                    time.perf_counter() - started,
-                )
-        self._get_ready_later(sizes, but=at_once)
-        if self._rehearses:
-            self._rehearse_later()
+        self._readiness.begin()
         return time.perf_counter() - started
-
-    def _sizes(self) -> list[tuple[int, int]]:
-        """Those that are made ready before anybody asks for them."""
-        native = self.recipe.native_size
-        on_card = self._device.type == "cuda"
-        usual = [size_for(ratio, native) for ratio in ASPECT_RATIOS] if on_card else []
-        return list(dict.fromkeys(usual + sorted(self._compiling.sizes)))
-
-    def _get_ready_later(
-        self,
-        sizes: Iterable[tuple[int, int]],
-        but: Sequence[tuple[int, int, int]] = (),
-    ) -> None:
-        for what in self._in_batches(sizes):
-            if what not in but:
-                later = self._when_idle(*what)
-                self._getting_ready.append(later)
-                # Nobody asks for what is done.
-                later.add_done_callback(self._getting_ready.remove)
-
-    def _rehearse_later(self) -> None:
-        """Have the code for each size and batch taken up, beside requests."""
-        waiting = {what: Future[None]() for what in self._in_batches(sorted(self._compiling.sizes))}
-        for later in waiting.values():
-            self._getting_ready.append(later)
-            later.add_done_callback(self._getting_ready.remove)
-        threading.Thread(
-            target=self._rehearse, args=(waiting,), name="rehearsal", daemon=True
-        ).start()
-
-    def _rehearse(self, waiting: dict[tuple[int, int, int], Future[None]]) -> None:
-        for (width, height, together), later in waiting.items():
-            began = time.perf_counter()
-            reason = None
-            try:
-                plan = self._warm_up_plan(width, height)
-                self._observed(plan, together).run()
-                self._loop.soon(partial(self._learn, plan, together)).result()
-            except CancelledError:  # the device's thread has ended
-                later.cancel()
-                continue
-            except Exception as error:  # noqa: BLE001 - it is only about speed
-                reason = first_line(error)
-            if reason is None and (width, height, together) in self._learned:
-                logger.info(
-                    "Compiled code took over for %d of %dx%d, %.1f s after it was begun with.",
-                    together,
-                    width,
-                    height,
-                    time.perf_counter() - began,
-                )
-            elif reason is not None:
-                logger.warning(WITHOUT, f"{together} of {width}x{height}", reason)
-            later.set_result(None)
-
-    def _observed(self, plan: Plan, together: int) -> Rehearsal:
-        """The calls of a plain pass, which takes its turn between requests."""
-        found: list[Rehearsal] = []
-
-        def observe() -> None:
-            with self._speed.observing() as rehearsal:
-                self._loop.run_plainly(plan, together)
-            found.append(rehearsal)
-
-        self._loop.soon(observe).result()
-        return found[0]
-
-    def _in_batches(self, sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        return [(*size, together) for size in sizes for together in range(1, self._most + 1)]
 
     @property
     def getting_ready(self) -> tuple[Future[None], ...]:
         """What `warm_up` has left for later, and is not done yet: one for each size and batch."""
-        return tuple(self._getting_ready)
+        return self._readiness.getting_ready
 
     @property
     def compiled(self) -> frozenset[tuple[int, int]]:
-        """Those of the sizes to be compiled that `warm_up`, and what it left for later, have: in every batch."""
-        return frozenset(
-            size
-            for size in self._compiling.sizes
-            if self._learned.issuperset(self._in_batches([size]))
-        )
-
-    def _when_idle(self, width: int, height: int, together: int) -> Future[None]:
-        plan = self._warm_up_plan(width, height)
-        done = self._loop.when_idle(partial(self._make_ready, plan, together))
-        done.add_done_callback(partial(_log_failure, f"{together} of {width}x{height}"))
-        return done
-
-    def _warm_up_plan(self, width: int, height: int) -> Plan:
-        request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
-        return self._model(None).plan(request)
-
-    def _make_ready(self, plan: Plan, together: int) -> None:
-        """As it is, where compiled code is taken up later."""
-        if self._rehearses:
-            self._loop.record(plan, together)
-        else:
-            self._learn(plan, together)
-
-    def _learn(self, plan: Plan, together: int) -> None:
-        with self._speed.learning((plan.width, plan.height)) as lesson:
-            self._loop.record(plan, together, anew=True)
-        if lesson.learned:
-            self._learned.add((plan.width, plan.height, together))
+        """Those of the sizes to be compiled that run so by now, in every batch."""
+        return self._readiness.compiled
 
     def _generate_one(self, steps: int | None = None) -> Image.Image:
         recipe = self.recipe
@@ -439,7 +322,7 @@ class Engine:
         return made.image
 
 
-def _log_failure(what: str, done: Future[None]) -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
-        reason = str(error).partition("\n")[0]
-        logger.info("Not made ready, and slower the first time: %s (%s).", what, reason)
+def _stop(readiness: Readiness, loop: DeviceLoop) -> None:
+    # The loop first: what the other waits for is cancelled then.
+    loop.stop()
+    readiness.stop()

@@ -54,6 +54,9 @@ class Graphs:
         self._anew = False
         self._owner: object | None = None
         self._graphs: dict[tuple[object, ...], _Graph] = {}
+        self._refused: set[tuple[object, ...]] = set()  # for want of memory
+        # One for all recordings: libraries keep a workspace for every stream that they have seen.
+        self._beside: Any = None
         self._pool: Any = None
 
     def __len__(self) -> int:
@@ -62,6 +65,7 @@ class Graphs:
     def forget(self) -> None:
         """Let go of all graphs, their memory, and whose they were. Nothing may be running."""
         self._graphs.clear()
+        self._refused.clear()
         self._owner = None
         self._pool = None
 
@@ -89,11 +93,12 @@ class Graphs:
             self.forget()
             self._owner = owner
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
-        found = self._graphs.get((kind, shapes))
+        key = (kind, shapes)
+        found = self._graphs.get(key)
         if found is not None and not self._anew:
             return found.replay(batch)
-        if self._recording:
-            self._record(predict, batch, (kind, shapes))
+        if self._recording and key not in self._refused:
+            self._record(predict, batch, key)
         return predict(batch)
 
     def _record(
@@ -116,6 +121,7 @@ class Graphs:
             return
         if full:
             # The size may fit without, and other sizes with one.
+            self._refused.add(key)
             logger.info(
                 "No memory for a CUDA graph of %s of %s: that size runs without.",
                 self._of,
@@ -134,7 +140,9 @@ class Graphs:
 
     def _recorded(self, predict: Callable[[Batch], Any], batch: Batch) -> _Graph:
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
-        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        beside = self._beside
         beside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(beside):
             for _ in range(CALLS_BEFORE_RECORDING):

@@ -1,7 +1,7 @@
 """Group norms whose sums are taken all over a card, where torch's own has one block of threads for each group.
 
-A decoder's last norms read 8 million numbers in each of 32 groups, and a card could read some thousand pieces at once:
-on an H200 they were most of the 127 ms that decoding took at 1024x1024 without compiled code.
+A decoder's last norms read 8 million numbers in each of 32 groups, and a card could read some thousand pieces at once.
+On an H200 decoding at 1024x1024 without compiled code took 127 ms with torch's own and 83 with these.
 """
 
 import torch
@@ -20,7 +20,8 @@ class SpreadGroupNorm(nn.GroupNorm):
         if input.dim() != 4:
             return super().forward(input)
         count, channels = input.shape[:2]
-        fused = torch.compiler.is_compiling()
+        # Of this call, and not of whatever other threads compile meanwhile, as `is_compiling` is.
+        fused = torch.compiler.is_dynamo_compiling()
         moments = _of_rows(input) if fused else _of_pieces(input)
         by_group = (count, self.num_groups, channels // self.num_groups)
         means, variances = _joined(*moments, dim=1)

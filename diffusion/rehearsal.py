@@ -1,4 +1,4 @@
-"""Compiled code read beside requests: every kind of region once, on another thread, with made-up numbers.
+"""The calls of a pass, one of each kind, to be made again with made-up numbers: that is how compiled code is read.
 
 torch.compile reads a model's Python for seconds at every start, also where its caches have all that comes of it. Nobody
 needs to wait for that: what was read on one thread is there for all.
@@ -34,30 +34,44 @@ class _Tensor:
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
     def made(self) -> torch.Tensor:
-        return torch.zeros_like(
-            torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
-        )
+        """Zeros that lie as it does, also where that is not dense."""
+        steps = zip(self.shape, self.strides, strict=True)
+        extent = 1 + sum((size - 1) * stride for size, stride in steps)
+        memory = torch.zeros(max(extent, 1), dtype=self.dtype, device=self.device)
+        return memory.as_strided(self.shape, self.strides)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One region, and what it was called with, all but the numbers."""
+
+    region: Region
+    arguments: Any
+
+    def make(self) -> None:
+        """Have the compiled code for it ready in this process. Raises whatever compiling does."""
+        from torch._dynamo import config
+
+        with torch.inference_mode(), config.patch(recompile_limit=MOST_GRAPHS):
+            # Inside too: tensors made elsewhere are of another kind, which code is compiled for anew.
+            arguments, named = _pytree.tree_map_only(_Tensor, _Tensor.made, self.arguments)
+            self.region.run_compiled(*arguments, **named)
 
 
 class Rehearsal:
-    """The calls of a pass, one of each kind."""
+    """What was noted of a pass."""
 
     def __init__(self) -> None:
-        self._calls: dict[object, tuple[Region, Any]] = {}
+        self._calls: dict[object, Call] = {}
 
     def __len__(self) -> int:
         return len(self._calls)
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return tuple(self._calls.values())
+
     def note(self, region: Region, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """A region was called so. Keeps nothing of the tensors."""
         call = _pytree.tree_map_only(torch.Tensor, _Tensor.of, (arguments, dict(named)))
-        self._calls.setdefault((region.kind, repr(call)), (region, call))
-
-    def run(self) -> None:
-        """Have every kind's compiled code made ready for this process. Raises whatever compiling does."""
-        from torch._dynamo import config
-
-        with torch.inference_mode(), config.patch(recompile_limit=MOST_GRAPHS):
-            for region, call in self._calls.values():
-                arguments, named = _pytree.tree_map_only(_Tensor, _Tensor.made, call)
-                region.run_compiled(*arguments, **named)
+        self._calls.setdefault((region.kind, repr(call)), Call(region, call))

@@ -4,7 +4,7 @@ On a CPU nothing is, unless compiling is asked for: there the pixels are stock's
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from diffusion.fused import fuse_projections
 from diffusion.group_norms import spread_group_norms
 from diffusion.layout import lay_channels_side_by_side
 from diffusion.rehearsal import Rehearsal
-from diffusion.text_graphs import replay_prompts
+from diffusion.text_graphs import TextGraphs
 from diffusion.wide_attention import widen_attention
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Speed:
         self._wants_float8 = float8
         self._compiling = compiling
         self._forget_graphs = forget_graphs
+        self._text_graphs = TextGraphs(device)
         self._regions: CompiledRegions | None = None
         self._denoiser: Any = None
         self._layers: Float8Layers | None = None
@@ -60,7 +61,7 @@ class Speed:
             )
             self._wants_float8 = False
 
-    def prepare(self, denoiser: Any, vae: Any, text_encoders: Iterable[Any] = ()) -> None:
+    def prepare(self, denoiser: Any, vae: Any, text_encoders: Sequence[Any] = ()) -> None:
         """Call it for every model that is about to serve: new parts are prepared, kept ones had new weights.
 
         Never raises: what fails is left out, with a line in the log.
@@ -69,14 +70,18 @@ class Speed:
             self._attempt("Channels side by side", partial(lay_channels_side_by_side, vae))
             self._attempt("Group norms", partial(spread_group_norms, vae))
             self._attempt("Wide attention", partial(widen_attention, vae))
-            for encoder in text_encoders:
-                self._attempt("Graphs of prompts", partial(replay_prompts, encoder, self._device))
+            self._attempt("Graphs of prompts", partial(self._text_graphs.cover, text_encoders))
             if denoiser is not self._denoiser:
                 self._take_up(denoiser)
             elif self._layers is not None and not self._attempt("FLOAT8", self._layers.refresh):
                 self._give_float8_up()  # some copies are of the old weights
         if self._compiling is not None:
             self._cover(denoiser, vae, self._compiling)
+
+    def forget_graphs(self) -> None:
+        """Of the denoiser's passes and of prompts: the thread that has recorded them ends."""
+        self._forget_graphs()
+        self._text_graphs.forget()
 
     @contextmanager
     def learning(self, size: tuple[int, int]) -> Iterator[Lesson]:

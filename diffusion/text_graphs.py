@@ -3,7 +3,8 @@
 Stock pipelines pad every prompt to the same length, so that each encoder needs one graph, recorded at its first prompt.
 """
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,34 +16,61 @@ from diffusion.graphs import Graphs
 MOST_GRAPHS = 4
 
 
-def replay_prompts(encoder: nn.Module, device: torch.device) -> None:
-    """Have the encoder's pass for one prompt replayed from its graph from now on, once there is one.
+class TextGraphs:
+    """Of the text encoders that `cover` names. The device's thread alone calls those."""
 
-    Its weights may change where they lie. It has to stay on the card: one that lies elsewhere is left as it is.
-    """
-    stays = all(parameter.device.type == "cuda" for parameter in encoder.parameters())
-    if stays and "forward" not in encoder.__dict__:
-        encoder.__dict__["forward"] = _Replaying(encoder.forward, device)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._covered: list[tuple[nn.Module, Graphs]] = []
+
+    def cover(self, encoders: Sequence[nn.Module]) -> None:
+        """Have these replay their passes for one prompt from now on, and no others.
+
+        Their weights may change where they lie. One that does not lie on the card is left as it is.
+        """
+        for encoder, graphs in self._covered:
+            if not any(encoder is one for one in encoders):
+                encoder.__dict__.pop("forward", None)
+                graphs.forget()
+        known = {id(encoder): graphs for encoder, graphs in self._covered}
+        self._covered = [
+            (encoder, known.get(id(encoder)) or self._stand_before(encoder))
+            for encoder in encoders
+            if all(parameter.device.type == "cuda" for parameter in encoder.parameters())
+        ]
+
+    def forget(self) -> None:
+        """Let go of all graphs; they are recorded again when they are wanted."""
+        for _, graphs in self._covered:
+            graphs.forget()
+
+    def _stand_before(self, encoder: nn.Module) -> Graphs:
+        graphs = Graphs(self._device, of="a prompt")
+        # Weakly: a module that holds itself stays on the card until somebody looks for such circles.
+        encoder.__dict__["forward"] = _Replaying(weakref.WeakMethod(encoder.forward), graphs)
+        return graphs
 
 
 class _Replaying:
-    """Stands before an encoder's `forward`. One thread calls it."""
+    """Stands before an encoder's `forward`."""
 
-    def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
+    def __init__(self, forward: Callable[[], Callable[..., Any] | None], graphs: Graphs) -> None:
         self._forward = forward
-        self._graphs = Graphs(device, of="a prompt")
+        self._graphs = graphs
 
     def __call__(self, input_ids: torch.Tensor | None = None, *others: Any, **named: Any) -> Any:
+        forward = self._forward()
+        assert forward is not None, "a module outlives its own call"  # noqa: S101
         if (
             input_ids is None
             or input_ids.device.type != "cuda"
             or len(input_ids) != 1
             or any(isinstance(value, torch.Tensor) for value in (*others, *named.values()))
         ):
-            return self._forward(input_ids, *others, **named)
+            return forward(input_ids, *others, **named)
 
         def encode(batch: Any) -> Any:
-            return self._forward(batch["input_ids"], *others, **named)
+            return forward(batch["input_ids"], *others, **named)
 
         kind = (others, tuple(sorted(named.items())))
         batch = {"input_ids": input_ids}

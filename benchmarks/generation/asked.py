@@ -138,7 +138,7 @@ def _many(part: Part) -> Iterator[Line]:
                 if found := measured[name].get("8"):
                     idle = 1 - statistics.median(one["busy"] for one in found)
                     yield Line(
-                        f"the card with 8 at once, {size}x{size}, {part['names'][name]}",
+                        f"the card with 8 at once, by the engine's stages, {size}x{size}, {part['names'][name]}",
                         f"idle less than {MOST_IDLE:.0%}",
                         f"{idle:.1%}",
                         idle < MOST_IDLE,

@@ -119,6 +119,7 @@ class Answers:
             import torch
 
             found["card"] = torch.cuda.max_memory_reserved()
+            found["card_used"] = torch.cuda.max_memory_allocated()
             found["card_now"] = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         return found

@@ -141,7 +141,7 @@ class TestWideAttention:
         lay_channels_side_by_side(vae)
         (decoder,) = decoder_regions(vae)
         decoder.compile({"fullgraph": True, "dynamic": False, "backend": "eager"})
-        decoder.switch(compiled=True)
+        decoder.run_learning()
 
         found = vae.decode(latents, return_dict=False)[0]
 
@@ -201,7 +201,7 @@ class TestLayout:
         regions = list(denoiser_regions(unet, on_card=True)) if compiled else []
         for region in regions:
             region.compile({"fullgraph": True, "dynamic": False, "backend": "eager"})
-            region.switch(compiled=True)
+            region.run_learning()
 
         with torch._dynamo.config.patch(recompile_limit=128):
             found = unet(latents, **arguments)[0]

@@ -2,8 +2,6 @@
 
 import gc
 import io
-import logging
-import math
 import re
 import tarfile
 import weakref
@@ -29,6 +27,7 @@ from diffusion.compiled import (
 from diffusion.engine import Engine, GenerationRequest
 from diffusion.errors import CompileError
 from diffusion.refresh import stage
+from diffusion.regions import Region
 from diffusion.speed import peak_signal_to_noise
 from tests.diffusion.support import LIGHTNING, build, pixels, read_configs, read_tensors
 
@@ -45,15 +44,6 @@ def warmed(folder: Path, compiling: Compiling | None) -> Engine:
     engine.warm_up()
     for done in engine.getting_ready:
         done.result(300)
-    return engine
-
-
-def rehearsing(folder: Path) -> Engine:
-    """On a CPU, which does not by itself."""
-    engine = Engine(
-        build(folder, RECIPE), RECIPE, compiling=Compiling(SIZES, only_from_artifacts=True)
-    )
-    engine._rehearses = True
     return engine
 
 
@@ -97,7 +87,7 @@ class TestCompiled:
         ours = next(made.engine.generate(REQUEST)).image
 
         assert peak_signal_to_noise(ours, next(plain.generate(REQUEST)).image) >= 50
-        assert denoiser_part(made.engine)._compiled
+        assert denoiser_part(made.engine)._way is Region.run_known
         assert tally().made >= 2  # one for each kind of block
 
     def test_the_same_seed_gives_the_same_image(self, made):
@@ -153,7 +143,7 @@ class TestCompiled:
 
         np.testing.assert_array_equal(image(made.engine), expected)
         assert not np.array_equal(expected, old)
-        assert denoiser_part(made.engine)._compiled
+        assert denoiser_part(made.engine)._way is Region.run_known
         assert tally() == before
 
     def test_what_was_compiled_comes_out_of_its_artifacts(self, made, model, tmp_path, monkeypatch):
@@ -169,46 +159,6 @@ class TestCompiled:
         assert {path.name for path in tmp_path.rglob("*.so")} == {
             path.name for path in made.cache.rglob("*.so")
         }
-
-    def test_code_is_read_beside_requests_and_takes_over_as_on_a_card(
-        self, made, model, plain, tmp_path, monkeypatch, caplog
-    ):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-        torch._dynamo.reset()
-        before = tally()
-        load_artifacts(made.artifacts)
-        engine = rehearsing(model)
-
-        with caplog.at_level(logging.INFO, logger="diffusion"):
-            engine.warm_up()
-            (waiting,) = engine.getting_ready
-            served = image(engine)  # READY, and nothing has been read yet
-            waiting.result(300)
-
-        np.testing.assert_array_equal(served, image(plain))
-        assert engine.compiled == SIZES
-        assert tally().made == before.made
-        assert tally().found > before.found
-        assert "Compiled code took over for 1 of 64x64" in caplog.text
-        ours, theirs = (next(one.generate(REQUEST)).image for one in (engine, plain))
-        assert 50 <= peak_signal_to_noise(ours, theirs) < math.inf
-
-    def test_code_that_cannot_be_read_beside_requests_leaves_the_plain_path_and_one_line(
-        self, model, plain, tmp_path, monkeypatch, caplog
-    ):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-        torch._dynamo.reset()
-        engine = rehearsing(model)
-
-        engine.warm_up()
-        for waiting in engine.getting_ready:
-            waiting.result(300)
-
-        (line,) = (record.message for record in caplog.records if record.levelname == "WARNING")
-        assert line.startswith("1 of 64x64 runs without compiled code")
-        assert "Publish them again with scripts/compile_model.py" in line
-        assert engine.compiled == frozenset()
-        np.testing.assert_array_equal(image(engine), image(plain))
 
     def test_artifacts_that_do_not_fit_leave_the_plain_path_and_one_line(
         self, model, plain, tmp_path, monkeypatch, caplog

@@ -381,7 +381,7 @@ def test_what_can_wait_and_fails_is_told_and_requests_go_on(lightning):
 def test_making_a_size_ready_changes_no_image(lightning):
     plain = only(lightning.generate(REQUEST))
 
-    lightning._when_idle(64, 64, 2).result(60)
+    lightning._readiness._chore((64, 64, 2), learn=False).result(60)
 
     again = only(lightning.generate(REQUEST))
     np.testing.assert_array_equal(pixels(plain.image), pixels(again.image))

@@ -1,0 +1,252 @@
+"""Sizes made ready before anybody asks for them: graphs recorded, and compiled code taken up, beside requests."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from functools import partial
+
+import torch
+
+from diffusion.compiled import Compiling
+from diffusion.device import ran_out_of_memory
+from diffusion.device_loop import DeviceLoop
+from diffusion.refresh import one_refresh_at_a_time
+from diffusion.rehearsal import Call, Rehearsal
+from diffusion.request import GenerationRequest, Plan
+from diffusion.sizes import ASPECT_RATIOS, size_for
+from diffusion.speed import Speed
+
+logger = logging.getLogger(__name__)
+
+What = tuple[int, int, int]
+"""Width, height, and how many images together."""
+
+# One region of a model is read in a second or two.
+SECONDS_TO_STOP = 30.0
+
+
+class Readiness:
+    """What of one engine's sizes and batches is ready, and will be.
+
+    On a card every usual size gets a graph, and what is to run compiled is read on a thread of its own. On a CPU only
+    what runs compiled is made ready, by the device's thread: a second one that computes would take its cores.
+    """
+
+    def __init__(
+        self,
+        loop: DeviceLoop,
+        speed: Speed,
+        compiling: Compiling,
+        most: int,
+        device: torch.device,
+    ) -> None:
+        self._loop = loop
+        self._speed = speed
+        self._compiling = compiling
+        self._most = most
+        self._device = device
+        self._rehearses = device.type == "cuda"
+        self._learned: set[What] = set()
+        self._waiting: list[Future[None]] = []
+        self._stop_rehearsing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def getting_ready(self) -> tuple[Future[None], ...]:
+        """What is left for later and not done yet: one for each size and batch."""
+        return tuple(self._waiting)
+
+    @property
+    def compiled(self) -> frozenset[tuple[int, int]]:
+        """Those of the sizes to be compiled that are: in every batch."""
+        return frozenset(
+            size
+            for size in self._compiling.sizes
+            if self._learned.issuperset(self._in_batches([size]))
+        )
+
+    def begin(self) -> None:
+        """Make the native size ready, and all that is to be compiled here; the rest later, beside requests."""
+        started = time.perf_counter()
+        sizes = self._sizes()
+        native = self._native_size
+        compiles_here = not self._compiling.only_from_artifacts
+        at_once = [(native, native, 1)] if sizes else []
+        if compiles_here:
+            at_once += self._in_batches(sorted(self._compiling.sizes))
+        at_once = list(dict.fromkeys(at_once))
+        for number, what in enumerate(at_once, 1):
+            self._chore(what, learn=compiles_here or not self._rehearses).exception()
+            if compiles_here:
+                logger.info(
+                    "Compiling: done with %d of %d sizes and batches after %.0f s.",
+                    number,
+                    len(at_once),
+                    time.perf_counter() - started,
+                )
+        self._later(sizes, but=at_once)
+        if self._rehearses and not compiles_here:
+            self._take_up()
+
+    def begin_again(self) -> None:
+        """Other parts have taken the model's place: what was ready of the ones before is of no use. Never waits."""
+        self._stop_rehearsing.set()
+        self._learned.clear()
+        self._later(self._sizes())
+        if self._rehearses:
+            self._take_up()
+
+    def stop(self) -> None:
+        """End the thread that reads code after what it is at, and wait for that.
+
+        At the interpreter's end too: a thread that is inside torch then would take the process down with it.
+        """
+        self._stop_rehearsing.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(SECONDS_TO_STOP)
+
+    @property
+    def _native_size(self) -> int:
+        return self._loop.models[self._loop.default].recipe.native_size
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Those that are made ready before anybody asks for them."""
+        native = self._native_size
+        on_card = self._device.type == "cuda"
+        usual = [size_for(ratio, native) for ratio in ASPECT_RATIOS] if on_card else []
+        return list(dict.fromkeys(usual + sorted(self._compiling.sizes)))
+
+    def _in_batches(self, sizes: Iterable[tuple[int, int]]) -> list[What]:
+        return [(*size, together) for size in sizes for together in range(1, self._most + 1)]
+
+    def _later(self, sizes: Iterable[tuple[int, int]], but: Sequence[What] = ()) -> None:
+        for what in self._in_batches(sizes):
+            if what not in but:
+                self._await(self._chore(what, learn=not self._rehearses))
+
+    def _await(self, later: Future[None]) -> None:
+        self._waiting.append(later)
+        # Nobody asks for what is done.
+        later.add_done_callback(self._waiting.remove)
+
+    def _chore(self, what: What, *, learn: bool) -> Future[None]:
+        """Have it made ready once there is no request: compiled where it is to be, or as it is."""
+        plan, together = self._plan(what), what[2]
+        work = self._learn if learn else self._loop.record
+        done = self._loop.when_idle(partial(work, plan, together))
+        done.add_done_callback(partial(_log_failure, what))
+        return done
+
+    def _plan(self, what: What) -> Plan:
+        width, height, _ = what
+        request = GenerationRequest(prompt="warm-up", width=width, height=height, seed=0)
+        return self._loop.models[self._loop.default].plan(request)
+
+    def _learn(self, plan: Plan, together: int) -> None:
+        with self._speed.learning((plan.width, plan.height)) as lesson:
+            self._loop.record(plan, together, anew=True)
+        if lesson.learned:
+            self._learned.add((plan.width, plan.height, together))
+
+    # Compiled code, on a card
+
+    def _take_up(self) -> None:
+        """Have compiled code read on a thread of its own, and used from then on."""
+        whats = self._in_batches(sorted(self._compiling.sizes))
+        if not whats:
+            return
+        waiting = {what: Future[None]() for what in whats}
+        for later in waiting.values():
+            self._await(later)
+        self._stop_rehearsing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._rehearse_all,
+            args=(waiting, self._stop_rehearsing),
+            name="rehearsal",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def _rehearse_all(self, waiting: dict[What, Future[None]], stopped: threading.Event) -> None:
+        for what, later in waiting.items():
+            if stopped.is_set() or not later.set_running_or_notify_cancel():
+                later.cancel()
+                continue
+            began = time.perf_counter()
+            try:
+                self._rehearse(what, stopped)
+            except CancelledError:  # the device's thread has ended
+                logger.info("Compiled code was not taken up for %d of %dx%d.", *_told(what))
+            except Exception as error:  # noqa: BLE001 - it is only about speed
+                _log_reason(what, str(error))
+            if what in self._learned:
+                seconds = time.perf_counter() - began
+                logger.info(
+                    "Compiled code took over for %d of %dx%d, %.1f s after it was begun with.",
+                    *_told(what),
+                    seconds,
+                )
+            later.set_result(None)
+
+    def _rehearse(self, what: What, stopped: threading.Event) -> None:
+        plan, together = self._plan(what), what[2]
+        found: list[Rehearsal] = []
+        self._loop.soon(lambda: found.append(self._observed(plan, together))).result()
+        for call in found[0].calls:
+            if stopped.is_set():
+                return
+            self._read(call)
+        if not stopped.is_set():
+            # What could not be read is refused there, part by part, with the reason.
+            self._loop.soon(partial(self._learn, plan, together)).result()
+
+    def _observed(self, plan: Plan, together: int) -> Rehearsal:
+        with self._speed.observing() as rehearsal:
+            self._loop.run_plainly(plan, together)
+        return rehearsal
+
+    def _read(self, call: Call) -> None:
+        """Beside requests where there is memory for both, and between them where there is not."""
+        if self._has_room_for_two():
+            full = False
+            try:
+                # Building a pipeline patches torch for all threads; neither may see the other half done.
+                with one_refresh_at_a_time:
+                    call.make()
+            except Exception as error:  # noqa: BLE001 - the pass that learns says what is wrong
+                full = isinstance(error, RuntimeError) and ran_out_of_memory(error)
+            if not full:
+                return
+            torch.cuda.empty_cache()
+        self._loop.soon(call.make).exception()
+
+    def _has_room_for_two(self) -> bool:
+        """Whether there is memory for what an image took at most, twice."""
+        if self._device.type != "cuda":
+            return True
+        allocated = torch.cuda.memory_allocated(self._device)
+        working = torch.cuda.max_memory_allocated(self._device) - allocated
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + torch.cuda.memory_reserved(self._device) - allocated >= 2 * working
+
+
+def _told(what: What) -> tuple[int, int, int]:
+    width, height, together = what
+    return together, width, height
+
+
+def _log_reason(what: What, reason: str) -> None:
+    reason = reason.partition("\n")[0]
+    logger.info(
+        "Not made ready, and slower the first time: %d of %dx%d (%s).", *_told(what), reason
+    )
+
+
+def _log_failure(what: What, done: Future[None]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        _log_reason(what, str(error))
