@@ -4,6 +4,7 @@
 #   PYTHON=/path/to/python3.12   which Python makes .venv (3.11 or newer)
 #   KEEP=1                       `make demo` leaves its servers running
 #   ARGS="-k manifest -x"        passed to pytest
+#   WORKERS=0                    how many processes run tests: 2 by default, whole files each; 0 is pytest itself
 #
 # On Linux the torch that pip takes from PyPI comes with gigabytes of CUDA libraries. Where there is
 # no NVIDIA card, PIP_EXTRA_INDEX_URL naming PyTorch's CPU builds makes it a much smaller download.
@@ -13,6 +14,8 @@
 SHELL := /bin/bash
 
 VENV := .venv
+# Tests wait for servers half of their time; models are small, but each process has a torch of its own.
+WORKERS ?= 2
 SKY_VENV := .venv-sky
 BENCH_VENV := .venv-bench
 PY := $(VENV)/bin/python
@@ -37,7 +40,7 @@ demo: $(VENV)/.installed ## Bucket in, image out, on this machine; KEEP=1 leaves
 .PHONY: test
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/.installed $(SKY_VENV)/.installed ## Run the tests; ARGS="-k name" selects some
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed ## Check style and formatting
