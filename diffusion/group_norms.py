@@ -39,13 +39,27 @@ class SpreadGroupNorm(nn.GroupNorm):
 
 
 def spread_group_norms(module: nn.Module) -> int:
-    """Have the module's group norms computed so; returns how many there are. Their weights stay where they are."""
-    spread = 0
-    for norm in module.modules():
-        if type(norm) is nn.GroupNorm:
-            norm.__class__ = SpreadGroupNorm
-            spread += 1
-    return spread
+    """Have the module's group norms computed so; returns how many there are. Their weights stay where they are.
+
+    Raises what a device says that cannot do it, with all of them as they were.
+    """
+    norms = [norm for norm in module.modules() if type(norm) is nn.GroupNorm]
+    for norm in norms:
+        norm.__class__ = SpreadGroupNorm
+    try:
+        if norms:
+            _try(norms[0])
+    except Exception:
+        for norm in norms:
+            norm.__class__ = nn.GroupNorm
+        raise
+    return len(norms)
+
+
+def _try(norm: nn.GroupNorm) -> None:
+    like = next(norm.parameters(), torch.empty(0))
+    with torch.inference_mode():
+        norm(torch.zeros(1, norm.num_channels, 2, 2, device=like.device, dtype=like.dtype))
 
 
 def _of_rows(image: torch.Tensor) -> Moments:

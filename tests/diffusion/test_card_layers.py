@@ -83,6 +83,18 @@ class TestGroupNorms:
         assert [name for name, _ in affine.named_parameters()] == names
         assert spread_group_norms(nn.Sequential(affine)) == 0  # already
 
+    def test_a_device_that_cannot_leaves_stocks(self, monkeypatch):
+        def refuse(*_: object, **__: object) -> None:
+            raise RuntimeError("result type Float can't be cast to BFloat16")
+
+        norms = nn.Sequential(nn.GroupNorm(4, 32), nn.GroupNorm(4, 32))
+        monkeypatch.setattr(torch, "addcmul", refuse)
+
+        with pytest.raises(RuntimeError, match="cast"):
+            spread_group_norms(norms)
+
+        assert [type(norm) for norm in norms] == [nn.GroupNorm, nn.GroupNorm]
+
     @pytest.mark.slow
     @pytest.mark.system_program("g++")
     @pytest.mark.timeout(300)
