@@ -44,6 +44,7 @@ class Heard:
         self.app.post("/early")(self.early)
         self.app.get("/events")(self.events)
         self.app.mount("/plain", self.plain)
+        self.app.mount("/stubborn", self.stubborn)
 
     async def length(self, request: Request) -> int:
         return len(await request.body())
@@ -94,6 +95,16 @@ class Heard:
                 break
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": str(count).encode()})
+
+    async def stubborn(self, scope: Any, receive: Any, send: Any) -> None:
+        """Plain ASGI that asks again after it heard that the caller left, and answers all the same."""
+        for _ in range(2):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.disconnects.put("stubborn")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"all the same"})
+        self.disconnects.put("answered")
 
 
 @pytest.fixture
@@ -212,6 +223,15 @@ def test_an_application_reads_no_more_than_the_limit_and_what_reaches_the_server
 
     assert heard.disconnects.get(timeout=PATIENCE) == "plain"
     assert heard.bytes_read.get(timeout=PATIENCE) <= MOST_BYTES
+
+
+def test_an_application_that_does_not_give_up_changes_nothing(heard: Heard, port: int) -> None:
+    with connected(port, "POST /stubborn/", CHUNKED) as connection:
+        connection.sendall(chunk(b"x" * (MOST_BYTES + 1)))
+
+        for said in ("stubborn", "stubborn", "answered"):
+            assert heard.disconnects.get(timeout=PATIENCE) == said
+        expect_refusal(connection, 413, "larger than")
 
 
 def test_an_application_that_trips_over_a_refused_caller_is_no_news(
