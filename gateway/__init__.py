@@ -1,0 +1,1 @@
+"""The public door in front of Cog's server: runs it on loopback, watches it, and speaks for it."""
