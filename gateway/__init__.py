@@ -1,1 +1,1 @@
-"""The public door: it stands in front of Cog's server, and decides who comes in and what is asked of whom."""
+"""The public door: it stands before Cog's server, and speaks to people and platforms."""

@@ -10,22 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.cog_server import CogServer, ServerDiedError, pytest_runtest_makereport
+from tests.support.process_groups import processes_of_group
 
 HERE = Path(__file__).parent
 RUNNER = "runner_for_cog_server.py:Runner"
-
-
-def processes_of_group(group: int) -> list[str]:
-    """Command lines of the living processes of one process group; Linux only, as the tests of it."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, process_group = stat.read_text().rsplit(")", 1)[1].split()[:3]
-            if int(process_group) == group and state != "Z":
-                found.append((stat.parent / "cmdline").read_text())
-        except OSError:  # ended meanwhile
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
