@@ -30,7 +30,16 @@ RECIPE = LIGHTNING.model_copy(update={"native_size": 64})
 REQUEST = GenerationRequest(prompt="a small red boat", width=64, height=64, steps=2, seed=3)
 SQUARE, WIDE, TALL = (64, 64), (96, 64), (64, 96)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    # For a card that is not there such a build has a stand-in, which the compiler puts in place for all threads: seen
+    # to crash in torch 2.11. Without CUDA in the build, and with a card, there is none.
+    pytest.mark.skipif(
+        torch.version.cuda is not None and not torch.cuda.is_available(),
+        reason="this torch is built for CUDA, and there is no card: its compiler is not safe beside other threads",
+    ),
+]
 
 
 @dataclass
