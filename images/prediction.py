@@ -133,19 +133,20 @@ class PredictionRecord(_Document):
             ) from None
 
     def dump(self) -> bytes:
-        """Raises RecordError for what is no JSON (NaN, say) or too large."""
+        """Raises RecordError for what is no JSON (NaN, half a character) or is too large."""
         try:
-            text = json.dumps(self.model_dump(mode="json"), allow_nan=False, indent=1)
+            content = self.model_dump(mode="json")
+            data = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1).encode()
         except ValueError as error:
             raise RecordError(
                 f"the record of prediction {self.name} is no JSON: {_problem(error)}"
             ) from None
-        if len(text) > LARGEST_RECORD:
+        if len(data) > LARGEST_RECORD:
             raise RecordError(
-                f"the record of prediction {self.name} has {len(text)} bytes, and {LARGEST_RECORD} are the most: "
+                f"the record of prediction {self.name} has {len(data)} bytes, and {LARGEST_RECORD} are the most: "
                 "send a smaller input, or URLs instead of what they lead to"
             )
-        return text.encode()
+        return data
 
 
 def parse_record(data: bytes, prediction_id: str | None, url: str) -> PredictionRecord:
@@ -182,7 +183,10 @@ def record_name(prediction_id: str) -> str:
 
 def input_digest(input: dict[str, JsonValue]) -> str:
     """SHA-256 of the input as JSON, whatever the order of its fields. Raises ValueError for what is no JSON."""
-    text = json.dumps(input, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    # Half a surrogate pair is no text either: JSON can spell it, and many readers of it refuse it.
+    text = json.dumps(
+        input, sort_keys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -162,7 +162,8 @@ class RecordStore:
         changes: dict[str, Any] = {
             "status": status,
             "output": output,
-            "error": error,
+            # It may quote what a caller sent, half a character included, and has to be told all the same.
+            "error": None if error is None else error.encode(errors="replace").decode(),
             "metrics": {**claimed.record.metrics, **(metrics or {})},
             "completed_at": completed_at or datetime.now(UTC),
         }

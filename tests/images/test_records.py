@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from demo.s3 import EmbeddedS3, Fault
 from images.errors import ImagesError, LostLeaseError, RecordError
 from images.prediction import LARGEST_RECORD, PredictionRecord, Webhook, record_name
 from images.records import Claimed, Existing, RecordStore, Stored
+from tests.images.plain_s3 import PlainS3
 from tests.images.test_store import connect
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ def store(client: S3Client, bucket: str) -> RecordStore:
 def other(client: S3Client, bucket: str) -> RecordStore:
     """Another replica's."""
     return RecordStore(client, bucket)
+
+
+@pytest.fixture
+def plain() -> Iterator[PlainS3]:
+    with PlainS3() as server:
+        yield server
 
 
 def asked(prediction_id: str = "a-cat", input: Any = None, **more: Any) -> PredictionRecord:
@@ -420,6 +427,12 @@ def test_an_input_that_is_no_json_is_refused(value: Any) -> None:
         asked("a-cat", {"prompt": value})
 
 
+def test_an_error_that_quotes_half_a_character_is_recorded(store: RecordStore) -> None:
+    store.finish(claim(store), "failed", error="no such word: \ud83d")
+
+    assert got(store).record.error == "no such word: ?"
+
+
 def test_a_result_that_is_no_json_leaves_the_record_as_it_was(store: RecordStore) -> None:
     claimed = claim(store)
 
@@ -581,3 +594,77 @@ def test_a_record_that_was_deleted_meanwhile_is_not_written_again(
         store.finish(claimed, "succeeded")
 
     assert store.get("a-cat") is None
+
+
+def test_a_write_that_meets_another_under_way_is_tried_again(plain: PlainS3) -> None:
+    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    plain.conflict = 2
+
+    claimed = claim(store)
+    plain.conflict = 2
+    store.finish(claimed, "succeeded")
+
+    assert got(store).record.status == "succeeded"
+
+
+def test_a_conflict_that_stays_is_a_clear_error(plain: PlainS3) -> None:
+    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    claim(store, "the first tries the server")
+    plain.conflict = 1000
+
+    with pytest.raises(RecordError, match=r"cannot write s3://pictures/predictions/a-cat\.json: "):
+        store.claim(asked())
+
+
+def test_a_claim_whose_answer_was_lost_is_still_a_claim(plain: PlainS3) -> None:
+    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    claim(store, "the first tries the server")
+
+    plain.lose = 1
+    claimed = claim(store)
+    plain.lose = 1
+    renewed = store.renew(claimed, status="processing")
+    plain.lose = 1
+    finished = store.finish(renewed, "succeeded", output=["x"])
+
+    assert got(store).record == finished
+
+
+@pytest.mark.parametrize("how", ["refused", "ignored"])
+def test_without_conditional_writes_looking_before_and_after_does_and_is_said_once(
+    plain: PlainS3, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    plain.conditional_writes = how != "refused"
+    plain.ignore_conditions = how == "ignored"
+    store, other = (RecordStore(connect(plain.endpoint_url), "pictures") for _ in range(2))
+
+    lost = claim(store, lease_seconds=0)
+    won = claim(other)
+    with pytest.raises(LostLeaseError, match="took it over"):
+        store.finish(lost, "succeeded", output=["of the loser"])
+    other.finish(won, "succeeded", output=["of the winner"])
+
+    assert existing(store).stored.record.output == ["of the winner"]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.count("no conditional writes") for message in warnings] == [1, 1]  # one a store
+
+
+def test_without_conditional_writes_who_was_overwritten_at_once_does_not_have_it(
+    plain: PlainS3,
+) -> None:
+    plain.conditional_writes = False
+    store, other = (RecordStore(connect(plain.endpoint_url), "pictures") for _ in range(2))
+    together = threading.Barrier(2)
+    store_write = plain.put
+
+    def put(key: str, body: bytes, headers: object) -> str | None:
+        code = store_write(key, body, headers)
+        if key.endswith("a-cat.json"):
+            together.wait(30)  # both have looked, and both have written, before either looks again
+        return code
+
+    plain.put = put  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda replica: replica.claim(asked()), (store, other)))
+
+    assert [isinstance(result, Claimed) for result in results].count(True) == 1
