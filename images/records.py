@@ -224,7 +224,11 @@ class RecordStore:
             attempts=found.attempts + 1,
             lease_seconds=lease_seconds,
             status="starting",
+            output=None,
+            error=None,
+            metrics={},
             started_at=None,
+            completed_at=None,
             webhook=asked.webhook or found.webhook,
         )
 

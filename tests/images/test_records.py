@@ -348,6 +348,15 @@ def test_a_webhook_with_a_password_is_refused() -> None:
     assert caught.value
 
 
+def test_a_takeover_begins_from_nothing(store: RecordStore, other: RecordStore) -> None:
+    claimed = claim(store, lease_seconds=0)
+    store.renew(claimed, status="processing", started_at=NOON, metrics={"step": 2})
+
+    retaken = claim(other).record
+
+    assert (retaken.status, retaken.started_at, retaken.metrics) == ("starting", None, {})
+
+
 def test_a_takeover_keeps_the_webhook_unless_there_is_a_new_one(
     store: RecordStore, other: RecordStore
 ) -> None:
