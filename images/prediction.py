@@ -33,7 +33,6 @@ Status = Literal["starting", "processing", "succeeded", "failed", "canceled"]
 Outcome = Literal["succeeded", "failed", "canceled"]
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-](?:\.?[A-Za-z0-9_-])*")
-_HASHED_NAME = re.compile(r"sha256-[0-9a-f]{64}", re.IGNORECASE)
 _LAST_MILLISECOND = 10**13 - 1  # of the year 2286
 
 
@@ -172,10 +171,9 @@ def parse_record(data: bytes, prediction_id: str | None, url: str) -> Prediction
 def record_name(prediction_id: str) -> str:
     """The id itself where it is plain (letters, digits, _ - and single dots inside, at most 64), else its SHA-256.
 
-    Different ids have different names: an id that looks like a hashed one is hashed too.
+    Different ids have different names: a hashed one is longer than any that is plain.
     """
-    plain = len(prediction_id) <= LONGEST_NAME and _PLAIN_NAME.fullmatch(prediction_id)
-    if plain and not _HASHED_NAME.fullmatch(prediction_id):
+    if len(prediction_id) <= LONGEST_NAME and _PLAIN_NAME.fullmatch(prediction_id):
         return prediction_id
     digest = hashlib.sha256(prediction_id.encode("utf-8", "surrogatepass")).hexdigest()
     return f"sha256-{digest}"

@@ -30,8 +30,8 @@ class PlainS3:
     """`objects` is what it holds, `asked` every PUT in order as (key, whether it had a condition)."""
 
     conditional_writes: bool = True
-    ignore_conditions: bool = False
-    """Take conditions, as some servers do, and write all the same."""
+    ignored: tuple[str, ...] = ()
+    """The conditions that it takes, as some servers do, and writes all the same."""
     conflict: int = 0
     """How many conditional PUTs meet another that is under way."""
     damage: int = 0
@@ -99,7 +99,8 @@ class PlainS3:
         """Store, or say with which of S3's codes not."""
         header = headers.get  # type: ignore[attr-defined]
         expected = header("If-Match")
-        conditional = header("If-None-Match") is not None or expected is not None
+        conditions = [name for name in ("If-None-Match", "If-Match") if header(name) is not None]
+        conditional = bool(conditions)
         self.asked.append((key, conditional))
         if conditional and not self.conditional_writes:
             return "NotImplemented"
@@ -109,7 +110,7 @@ class PlainS3:
         digest = hashlib.md5(body, usedforsecurity=False).digest()
         if header("Content-MD5") != base64.b64encode(digest).decode():
             return "BadDigest"
-        if conditional and not self.ignore_conditions:
+        if conditional and not set(conditions) <= set(self.ignored):
             if self.conflict:
                 self.conflict -= 1
                 return "ConditionalRequestConflict"
