@@ -1,88 +1,25 @@
-"""Predictions' records, against the embedded S3 server and, for what it is not, one that knows no conditions."""
+"""Who has a prediction: claims, leases and results, against the embedded S3 server and one that knows no conditions."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 import uuid
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from demo.s3 import EmbeddedS3, Fault
 from images.errors import ImagesError, LostLeaseError, RecordError
-from images.prediction import LARGEST_RECORD, PredictionRecord, Webhook, record_name
-from images.records import Claimed, Existing, RecordStore, Stored
+from images.prediction import Webhook
+from images.records import Claimed, Existing, RecordStore
+from tests.images.claims import CAT, NOON, asked, claim, existing, got
 from tests.images.plain_s3 import PlainS3
 from tests.images.test_store import connect
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-
-NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
-CAT = {"prompt": "a cat", "seed": 7}
-
-
-@pytest.fixture(scope="module")
-def client(s3: EmbeddedS3) -> S3Client:
-    return connect(s3.endpoint_url, s3.admin)
-
-
-@pytest.fixture
-def bucket(new_bucket: Callable[[], str]) -> str:
-    return new_bucket()
-
-
-@pytest.fixture
-def store(client: S3Client, bucket: str) -> RecordStore:
-    return RecordStore(client, bucket)
-
-
-@pytest.fixture
-def other(client: S3Client, bucket: str) -> RecordStore:
-    """Another replica's."""
-    return RecordStore(client, bucket)
-
-
-@pytest.fixture
-def plain() -> Iterator[PlainS3]:
-    with PlainS3() as server:
-        yield server
-
-
-def asked(prediction_id: str = "a-cat", input: Any = None, **more: Any) -> PredictionRecord:
-    return PredictionRecord.of(prediction_id, input or CAT, **{"created_at": NOON, **more})
-
-
-def claim(store: RecordStore, *arguments: Any, lease_seconds: float = 60, **more: Any) -> Claimed:
-    claimed = store.claim(asked(*arguments, **more), lease_seconds)
-    assert isinstance(claimed, Claimed)
-    return claimed
-
-
-def existing(store: RecordStore, *arguments: Any) -> Existing:
-    found = store.claim(asked(*arguments))
-    assert isinstance(found, Existing)
-    return found
-
-
-def got(store: RecordStore, prediction_id: str = "a-cat") -> Stored:
-    stored = store.get(prediction_id)
-    assert stored is not None
-    return stored
-
-
-def document(client: S3Client, bucket: str, key: str = "predictions/a-cat.json") -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(client.get_object(Bucket=bucket, Key=key)["Body"].read())
-    return content
-
-
-def write(client: S3Client, bucket: str, content: bytes) -> None:
-    client.put_object(Bucket=bucket, Key="predictions/a-cat.json", Body=content)
 
 
 def test_who_claims_first_has_it_and_everybody_else_sees_that(
@@ -253,101 +190,6 @@ def test_the_same_id_with_another_input_is_recognised_and_never_taken_over(
     assert found.stored.record.input == CAT
 
 
-def test_the_order_of_an_inputs_fields_makes_no_other_input(store: RecordStore) -> None:
-    claim(store, "a-cat", {"prompt": "a cat", "seed": 7})
-
-    assert existing(store, "a-cat", {"seed": 7, "prompt": "a cat"}).same_input
-
-
-IDS = [
-    "a-b",
-    "a/b",
-    "a b",
-    "a.b",
-    "a..b",
-    "A-b",
-    "../a-b",
-    "a-b.json",
-    "by-time/a-b",
-    "é",
-    "e\u0301",
-    "日本語",
-    "x" * 64,
-    "x" * 65,
-    "x" * 5000,
-    " ",
-    ".",
-    "line\r\nbreak\0",
-    "sha256-" + "0" * 64,
-]
-
-
-def test_ids_that_look_alike_have_records_of_their_own(store: RecordStore) -> None:
-    for number, prediction_id in enumerate(IDS):
-        store.finish(claim(store, prediction_id), "succeeded", output=number)
-
-    assert [got(store, prediction_id).record.output for prediction_id in IDS] == [*range(len(IDS))]
-    assert [got(store, prediction_id).record.id for prediction_id in IDS] == IDS
-
-
-def test_an_id_that_is_the_name_of_a_hashed_one_is_hashed_itself(store: RecordStore) -> None:
-    claim(store, "a/b")
-
-    assert isinstance(store.claim(asked(record_name("a/b"))), Claimed)
-
-
-def test_a_record_lies_under_the_prefix_by_its_id(client: S3Client, bucket: str) -> None:
-    store = RecordStore(client, bucket, "//team/a/")
-
-    claimed = claim(store)
-    store.enter(claimed.record)
-
-    keys = [item["Key"] for item in client.list_objects_v2(Bucket=bucket)["Contents"]]
-    assert keys == [
-        "team/a/predictions/a-cat.json",
-        f"team/a/predictions/by-time/{claimed.record.place_in_time}",
-        "team/a/predictions/conditional-writes",
-    ]
-
-
-def test_the_document_says_what_there_is_and_no_secret(
-    client: S3Client, bucket: str, store: RecordStore
-) -> None:
-    claimed = claim(store, webhook=Webhook(url="https://me/hook", events_filter=("completed",)))
-
-    content = document(client, bucket)
-
-    assert content.pop("claim") == claimed.record.claim
-    assert content == {
-        "format": "lightning-in-a-bucket/prediction/1",
-        "id": "a-cat",
-        "input": CAT,
-        "input_sha256": hashlib.sha256(b'{"prompt":"a cat","seed":7}').hexdigest(),
-        "webhook": {"url": "https://me/hook", "events_filter": ["completed"]},
-        "status": "starting",
-        "output": None,
-        "error": None,
-        "metrics": {},
-        "created_at": "2026-11-20T12:00:00Z",
-        "started_at": None,
-        "completed_at": None,
-        "owner": store.owner,
-        "attempts": 1,
-        "lease_seconds": 60.0,
-    }
-
-
-def test_a_webhook_with_a_password_is_refused() -> None:
-    with pytest.raises(ValueError, match="must not hold a user name or password") as caught:
-        Webhook(url="https://me:hunter2@example.com/hook")
-
-    with pytest.raises(RecordError) as told:
-        asked(webhook={"url": "https://me:hunter2@example.com/hook"})
-
-    assert "hunter2" not in str(told.value)
-    assert caught.value
-
-
 def test_a_takeover_begins_from_nothing(store: RecordStore, other: RecordStore) -> None:
     claimed = claim(store, lease_seconds=0)
     store.renew(claimed, status="processing", started_at=NOON, metrics={"step": 2})
@@ -365,90 +207,6 @@ def test_a_takeover_keeps_the_webhook_unless_there_is_a_new_one(
 
     assert claim(other, lease_seconds=0).record.webhook == first
     assert claim(other, webhook=second).record.webhook == second
-
-
-def test_fields_of_a_newer_release_survive(
-    client: S3Client, bucket: str, store: RecordStore
-) -> None:
-    claim(store, lease_seconds=0, webhook=Webhook(url="https://me/1"))
-    content = document(client, bucket)
-    content["webhook"]["retries"] = 3
-    write(client, bucket, json.dumps({**content, "region": {"name": "eu"}}).encode())
-
-    store.finish(store.renew(claim(store)), "succeeded")
-
-    after = document(client, bucket)
-    assert after["region"] == {"name": "eu"}
-    assert after["webhook"]["retries"] == 3
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"", "Expecting value"),
-        (b"{", "Expecting property name"),
-        (b"[1]", "valid dictionary"),
-        (b"\xff\xfe\x00", "decode"),
-        (b"[" * 100_000, "recursion"),
-        (b'{"format": "lightning-in-a-bucket/prediction/2"}', "format: "),
-        (b'{"prompt": "a private matter"}', "id: Field required"),
-    ],
-)
-def test_what_is_no_record_is_a_clear_error(
-    client: S3Client, bucket: str, store: RecordStore, content: bytes, problem: str
-) -> None:
-    write(client, bucket, content)
-
-    for call in (lambda: store.get("a-cat"), lambda: store.claim(asked())):
-        with pytest.raises(RecordError) as caught:
-            call()
-        message = str(caught.value)
-        assert f"s3://{bucket}/predictions/a-cat.json is no prediction's record" in message
-        assert problem in message
-        assert "private" not in message
-    assert client.get_object(Bucket=bucket, Key="predictions/a-cat.json")["Body"].read() == content
-
-
-def test_a_record_of_another_id_is_a_clear_error(
-    client: S3Client, bucket: str, store: RecordStore
-) -> None:
-    claim(store)
-    content = document(client, bucket)
-    write(client, bucket, json.dumps({**content, "id": "A-CAT"}).encode())
-
-    with pytest.raises(RecordError, match=r"a-cat\.json holds another prediction's record"):
-        store.claim(asked())
-
-
-def test_what_is_too_large_is_neither_written_nor_read(
-    client: S3Client, bucket: str, store: RecordStore
-) -> None:
-    with pytest.raises(RecordError, match=rf"and {LARGEST_RECORD} are the most: send a smaller"):
-        store.claim(asked("a-cat", {"prompt": "x" * LARGEST_RECORD}))
-    write(client, bucket, b" " * (LARGEST_RECORD + 1))
-    with pytest.raises(RecordError, match=rf"a-cat\.json has {LARGEST_RECORD + 1} bytes"):
-        store.get("a-cat")
-
-
-@pytest.mark.parametrize("value", [float("nan"), {"x": datetime.now(UTC)}, "\ud800"])
-def test_an_input_that_is_no_json_is_refused(value: Any) -> None:
-    with pytest.raises(RecordError, match="cannot be recorded"):
-        asked("a-cat", {"prompt": value})
-
-
-def test_an_error_that_quotes_half_a_character_is_recorded(store: RecordStore) -> None:
-    store.finish(claim(store), "failed", error="no such word: \ud83d")
-
-    assert got(store).record.error == "no such word: ?"
-
-
-def test_a_result_that_is_no_json_leaves_the_record_as_it_was(store: RecordStore) -> None:
-    claimed = claim(store)
-
-    with pytest.raises(RecordError, match="prediction a-cat"):
-        store.finish(claimed, "succeeded", metrics={"seconds": float("nan")})
-
-    assert got(store).record == claimed.record
 
 
 def test_an_unknown_id_is_none(store: RecordStore) -> None:
@@ -502,46 +260,6 @@ def test_a_keypair_without_rights_is_told_which_and_where(s3: EmbeddedS3, bucket
         assert keys.secret_access_key not in str(caught.value)
 
 
-def test_the_newest_come_first_page_by_page(store: RecordStore) -> None:
-    ids = [f"p{number}" for number in range(7)] + ["a/b"]
-    for number, prediction_id in enumerate(ids):
-        moment = NOON + timedelta(milliseconds=number)
-        store.enter(claim(store, prediction_id, created_at=moment).record)
-
-    pages = [store.recent(3)]
-    while pages[-1].before:
-        pages.append(store.recent(3, pages[-1].before))
-
-    listed = [[stored.record.id for stored in page.stored] for page in pages]
-    assert listed == [["a/b", "p6", "p5"], ["p4", "p3", "p2"], ["p1", "p0"]]
-
-
-def test_what_came_since_the_first_page_does_not_move_the_next(store: RecordStore) -> None:
-    for number in range(4):
-        moment = NOON + timedelta(seconds=number)
-        store.enter(claim(store, f"p{number}", created_at=moment).record)
-    first = store.recent(2)
-    store.enter(claim(store, "newer", created_at=NOON + timedelta(hours=1)).record)
-
-    second = store.recent(2, first.before)
-
-    assert [stored.record.id for stored in second.stored] == ["p1", "p0"]
-
-
-def test_a_page_costs_one_listing_and_one_read_for_each_on_it(
-    s3: EmbeddedS3, bucket: str, store: RecordStore
-) -> None:
-    for number in range(5):
-        moment = NOON + timedelta(seconds=number)
-        store.enter(claim(store, f"p{number}", created_at=moment).record)
-    before = len(s3.requests(bucket))
-
-    store.recent(3)
-
-    made = s3.requests(bucket)[before:]
-    assert sorted(record.key for record in made) == ["", *(f"predictions/p{n}.json" for n in "234")]
-
-
 def test_a_prediction_costs_three_writes_and_asking_again_one_write_and_one_read(
     s3: EmbeddedS3, bucket: str, store: RecordStore
 ) -> None:
@@ -555,42 +273,6 @@ def test_a_prediction_costs_three_writes_and_asking_again_one_write_and_one_read
 
     methods = [(record.method, record.status) for record in s3.requests(bucket)[before:]]
     assert methods == [("PUT", 200)] * 3 + [("PUT", 412), ("GET", 200)]
-
-
-def test_what_a_crash_left_unfinished_is_listed_as_abandoned(
-    store: RecordStore, other: RecordStore
-) -> None:
-    for prediction_id, lease_seconds in (("alive", 60.0), ("dead", 0.0), ("done", 0.0)):
-        claimed = claim(store, prediction_id, lease_seconds=lease_seconds)
-        store.enter(claimed.record)
-    store.finish(claimed, "succeeded")
-
-    (dead,) = [stored for stored in other.recent(10).stored if stored.abandoned]
-    retaken = other.claim(dead.record)
-
-    assert isinstance(retaken, Claimed)
-    assert (retaken.record.id, retaken.record.attempts) == ("dead", 2)
-    assert not [stored for stored in store.recent(10).stored if stored.abandoned]
-
-
-def test_one_damaged_record_does_not_hide_the_others(
-    client: S3Client, bucket: str, store: RecordStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    for prediction_id in ("a-cat", "a-dog", "gone"):
-        store.enter(claim(store, prediction_id).record)
-    write(client, bucket, b"{")
-    client.delete_object(Bucket=bucket, Key="predictions/gone.json")
-
-    page = store.recent(10)
-
-    assert [stored.record.id for stored in page.stored] == ["a-dog"]
-    assert f"s3://{bucket}/predictions/a-cat.json" in caplog.text
-
-
-@pytest.mark.parametrize("before", ["", "../x", "1-a", "0000000000000-", "0000000000000-a/b"])
-def test_a_place_in_the_list_that_no_page_gave_is_refused(store: RecordStore, before: str) -> None:
-    with pytest.raises(RecordError, match="is no place in the list"):
-        store.recent(5, before)
 
 
 def test_a_record_that_was_deleted_meanwhile_is_not_written_again(
