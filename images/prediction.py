@@ -61,6 +61,8 @@ class Webhook(_Document):
 
     url: Annotated[str, AfterValidator(_without_credentials)]
     events_filter: tuple[str, ...] | None = None
+    sent_at: Moment | None = None
+    """When the caller was told of the end; None: not yet."""
 
 
 class PredictionRecord(_Document):

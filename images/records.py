@@ -53,6 +53,14 @@ class Stored:
         """Unfinished, and its owner has not been heard of for longer than it said."""
         return not self.record.finished and self.age >= self.record.lease_seconds
 
+    @property
+    def webhook_due(self) -> bool:
+        """Finished, and its caller not told: by its owner in a moment, or by another where `age` says that it died."""
+        webhook = self.record.webhook
+        if not self.record.finished or webhook is None or webhook.sent_at is not None:
+            return False
+        return webhook.events_filter is None or "completed" in webhook.events_filter
+
 
 @dataclass(frozen=True)
 class Claimed:
@@ -83,7 +91,8 @@ class RecordStore:
 
     Every method raises RecordError, which names the object, the cause and what to try, and holds no secret. Requests:
     2 or 3 PUTs once to try the server; 1 PUT to claim, 1 to enter, 1 for each renewal, 1 to finish; for an id that
-    exists 1 PUT and 1 GET, and 1 PUT more to take it over; 1 GET to get; 1 LIST and 1 GET per prediction for a page.
+    exists 1 PUT and 1 GET, and 1 PUT more to take it over; 1 GET to get; 1 GET and 1 PUT to note a webhook; 1 LIST and
+    1 GET per prediction for a page.
     """
 
     def __init__(
@@ -168,6 +177,25 @@ class RecordStore:
             "completed_at": completed_at or datetime.now(UTC),
         }
         return self._change(claimed, changes).record
+
+    def webhook_sent(self, prediction_id: str, sent_at: datetime | None = None) -> None:
+        """Note that the caller was told of the end: all that changes in a finished record. One GET and one PUT.
+
+        Two replicas may still tell of one end: what they send has to carry the prediction's id.
+        """
+        key, moment = self.key(prediction_id), sent_at or datetime.now(UTC)
+        for _ in range(_ATTEMPTS):
+            stored = self.get(prediction_id)
+            if stored is None or not stored.webhook_due or stored.record.webhook is None:
+                return
+            webhook = {**dict(stored.record.webhook), "sent_at": moment}
+            try:
+                data = stored.record.changed(webhook=webhook).dump()
+                self._documents.replace(key, data, stored.etag)
+            except ChangedError:
+                continue
+            return
+        raise self._contended(key)
 
     def get(self, prediction_id: str) -> Stored | None:
         """The id's record, or None where there is none."""

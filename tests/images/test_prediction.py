@@ -88,7 +88,11 @@ def test_the_document_says_what_there_is_and_no_secret(
         "id": "a-cat",
         "input": CAT,
         "input_sha256": hashlib.sha256(b'{"prompt":"a cat","seed":7}').hexdigest(),
-        "webhook": {"url": "https://me/hook", "events_filter": ["completed"]},
+        "webhook": {
+            "url": "https://me/hook",
+            "events_filter": ["completed"],
+            "sent_at": None,
+        },
         "status": "starting",
         "output": None,
         "error": None,

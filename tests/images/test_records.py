@@ -190,6 +190,34 @@ def test_the_same_id_with_another_input_is_recognised_and_never_taken_over(
     assert found.stored.record.input == CAT
 
 
+def test_a_webhook_is_due_from_the_end_until_it_was_sent(
+    store: RecordStore, other: RecordStore
+) -> None:
+    claimed = claim(store, webhook=Webhook(url="https://me/1"))
+    store.webhook_sent("a-cat")  # of no end: not noted
+    assert not got(store).webhook_due
+    finished = store.finish(claimed, "succeeded", output=["x"])
+    assert got(other).webhook_due
+
+    with pytest.raises(RecordError, match=r"webhook\.sent_at"):
+        other.webhook_sent("a-cat", NOON.replace(tzinfo=None))
+    other.webhook_sent("a-cat", NOON)
+    store.webhook_sent("a-cat", NOON + timedelta(hours=1))  # the first one counts
+
+    after = got(store)
+    assert not after.webhook_due
+    assert after.record == finished.changed(webhook=Webhook(url="https://me/1", sent_at=NOON))
+
+
+@pytest.mark.parametrize("webhook", [None, Webhook(url="https://me/1", events_filter=("logs",))])
+def test_who_did_not_ask_is_not_told(store: RecordStore, webhook: Webhook | None) -> None:
+    store.finish(claim(store, webhook=webhook), "succeeded")
+    store.webhook_sent("a-cat")
+    store.webhook_sent("nobody")
+
+    assert not got(store).webhook_due
+
+
 def test_a_takeover_begins_from_nothing(store: RecordStore, other: RecordStore) -> None:
     claimed = claim(store, lease_seconds=0)
     store.renew(claimed, status="processing", started_at=NOON, metrics={"step": 2})
