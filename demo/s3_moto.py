@@ -2,12 +2,14 @@
 
 Changed is how bytes are kept, so that large objects move at useful speed: as it comes, moto keeps content in spooled
 files, reads a whole object for every ranged request (300 MB in ranges of 16 MB moved 5.7 GB), and copies every part of
-a multipart upload several times. And what it gets wrong about unfinished uploads. The rest stays moto's own.
+a multipart upload several times. And what it gets wrong about unfinished uploads and about writes at one moment. The
+rest stays moto's own.
 """
 
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -31,6 +33,7 @@ def application() -> Any:
     """moto's WSGI application, which tells services apart by how a request is signed."""
     _keep_content_in_memory()
     _answer_for_uploads_as_s3_does()
+    _write_one_at_a_time()
     return DomainDispatcherApplication(create_backend_app)
 
 
@@ -127,6 +130,19 @@ def _answer_for_uploads_as_s3_does() -> None:
     moto_backend.create_multipart_upload = create_and_remember
     moto_response: Any = S3Response
     moto_response.list_multipart_uploads = list_with_true_times
+
+
+def _write_one_at_a_time() -> None:
+    """moto looks at If-Match and If-None-Match first and writes later: of several at one moment, two could win."""
+    moto_response: Any = S3Response
+    put_object = moto_response.put_object
+    writing = threading.Lock()
+
+    def put_alone(response: Any) -> Any:
+        with writing:
+            return put_object(response)
+
+    moto_response.put_object = put_alone
 
 
 def _of_an_upload_that_is_there(method: Callable[..., Any]) -> Callable[..., Any]:

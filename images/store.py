@@ -13,7 +13,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from botocore import exceptions as botocore_errors
 from botocore.exceptions import BotoCoreError, ClientError
@@ -25,6 +25,7 @@ from images.errors import ImagesError
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import PutObjectRequestTypeDef
+    from pydantic import JsonValue
 
 LONGEST_ID = 64
 # How often a PUT is tried another way: a second name, without the condition, once more after damage on the wire.
@@ -106,6 +107,30 @@ class ImageStore:
                     key = _with_suffix(stem, encoded)
         return StoredImage(self.bucket, key, self._url(what, key))
 
+    def signed_anew(self, output: JsonValue) -> JsonValue:
+        """The output of an earlier prediction, with each presigned URL of an image of this store signed again.
+
+        Everything else in it stays as it is. Raises ImagesError.
+        """
+        if isinstance(output, list):
+            return [self.signed_anew(inner) for inner in output]
+        if isinstance(output, dict):
+            return {name: self.signed_anew(inner) for name, inner in output.items()}
+        if not isinstance(output, str) or "X-Amz-Signature=" not in output:
+            return output
+        try:
+            address = urlsplit(output)
+        except ValueError:
+            return output
+        # Path style first: the bucket may be named by the host or at the beginning of the path.
+        path = unquote(address.path).lstrip("/")
+        for key in (path.removeprefix(f"{self.bucket}/"), path):
+            if key.startswith(f"{self.prefix}/" if self.prefix else ""):
+                url = self._presigned(f"an image of an earlier prediction, {key},", key)
+                if url.partition("?")[0] == output.partition("?")[0]:
+                    return url
+        return output
+
     def _put(self, key: str, encoded: EncodedImage, conditional: bool) -> None:
         request: PutObjectRequestTypeDef = {
             "Bucket": self.bucket,
@@ -132,6 +157,9 @@ class ImageStore:
     def _url(self, what: str, key: str) -> str:
         if self.public_base_url:
             return f"{self.public_base_url.rstrip('/')}/{quote(key)}"
+        return self._presigned(what, key)
+
+    def _presigned(self, what: str, key: str) -> str:
         try:
             return self.client.generate_presigned_url(
                 "get_object",

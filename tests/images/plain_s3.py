@@ -1,7 +1,7 @@
 """A loopback server that stands in for S3 services the embedded one is not: old ones, and ones behind a bad wire.
 
-It knows PUT alone: it checks Content-MD5 as AWS does, and refuses or honours If-None-Match as it is told. Signatures
-are not looked at.
+It knows PUT and GET alone: it checks Content-MD5 as AWS does, and honours, refuses or ignores If-None-Match and
+If-Match as it is told. Signatures are not looked at.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ import base64
 import hashlib
 import threading
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-STATUS = {"BadDigest": 400, "PreconditionFailed": 412, "NotImplemented": 501}
+STATUS = {
+    "BadDigest": 400,
+    "NoSuchKey": 404,
+    "ConditionalRequestConflict": 409,
+    "PreconditionFailed": 412,
+    "NotImplemented": 501,
+}
 
 
 @dataclass
@@ -23,6 +30,10 @@ class PlainS3:
     """`objects` is what it holds, `asked` every PUT in order as (key, whether it had a condition)."""
 
     conditional_writes: bool = True
+    ignored: tuple[str, ...] = ()
+    """The conditions that it takes, as some servers do, and writes all the same."""
+    conflict: int = 0
+    """How many conditional PUTs meet another that is under way."""
     damage: int = 0
     """How many bodies arrive with their first byte changed."""
     lose: int = 0
@@ -45,10 +56,22 @@ class PlainS3:
                     self.close_connection = True
                     return
                 answer = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
+                self.answer(code, answer, etag(body))
+
+            def do_GET(self) -> None:
+                body = plain.objects.get(unquote(urlsplit(self.path).path).lstrip("/"))
+                if body is None:
+                    self.answer("NoSuchKey", b"<Error><Code>NoSuchKey</Code></Error>", "")
+                else:
+                    self.answer(None, body, etag(body))
+
+            def answer(self, code: str | None, body: bytes, etag: str) -> None:
                 self.send_response(STATUS[code] if code else 200)
-                self.send_header("Content-Length", str(len(answer)))
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Last-Modified", formatdate(usegmt=True))
+                self.send_header("ETag", etag)
                 self.end_headers()
-                self.wfile.write(answer)
+                self.wfile.write(body)
 
             def log_message(self, format: str, *arguments: object) -> None:
                 """Quiet: a failing test shows what was asked."""
@@ -75,7 +98,9 @@ class PlainS3:
     def put(self, key: str, body: bytes, headers: object) -> str | None:
         """Store, or say with which of S3's codes not."""
         header = headers.get  # type: ignore[attr-defined]
-        conditional = header("If-None-Match") is not None
+        expected = header("If-Match")
+        conditions = [name for name in ("If-None-Match", "If-Match") if header(name) is not None]
+        conditional = bool(conditions)
         self.asked.append((key, conditional))
         if conditional and not self.conditional_writes:
             return "NotImplemented"
@@ -85,7 +110,18 @@ class PlainS3:
         digest = hashlib.md5(body, usedforsecurity=False).digest()
         if header("Content-MD5") != base64.b64encode(digest).decode():
             return "BadDigest"
-        if conditional and key in self.objects:
-            return "PreconditionFailed"
+        if conditional and not set(conditions) <= set(self.ignored):
+            if self.conflict:
+                self.conflict -= 1
+                return "ConditionalRequestConflict"
+            there = self.objects.get(key)
+            if expected is None and there is not None:
+                return "PreconditionFailed"
+            if expected is not None and (there is None or etag(there) != expected):
+                return "NoSuchKey" if there is None else "PreconditionFailed"
         self.objects[key] = body
         return None
+
+
+def etag(body: bytes) -> str:
+    return f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'

@@ -113,6 +113,61 @@ def test_the_url_works_as_long_as_was_asked_and_no_longer(
         s3.set_clock(0)
 
 
+@pytest.mark.parametrize("prefix", ["", "my images/50% é"])
+def test_an_earlier_output_s_urls_work_again_once_they_are_signed_anew(
+    s3: EmbeddedS3, client: S3Client, bucket: str, prefix: str
+) -> None:
+    store = ImageStore(client, bucket, prefix, url_lifetime=100)
+    output = [store.upload(red(), prediction_id="a-cat", index=n, now=NOON).url for n in range(2)]
+    long_lived = ImageStore(client, bucket, prefix, url_lifetime=10_000)
+
+    again = long_lived.signed_anew({"images": output, "seed": 7})
+
+    assert isinstance(again, dict)
+    assert isinstance(again["images"], list)
+    try:
+        s3.set_clock(110)
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            fetch(output[0])
+        assert [fetch(str(url))[0] for url in again["images"]] == [red().data] * 2
+    finally:
+        s3.set_clock(0)
+    assert again["seed"] == 7
+
+
+def test_a_url_that_names_the_bucket_in_its_host_is_signed_anew() -> None:
+    virtual = s3_client.connect(
+        StorageSettings(access_key_id="AKIDEXAMPLE", secret_access_key=SECRET, region="eu-west-1")  # type: ignore[arg-type]
+    )
+    store = ImageStore(virtual, "pictures")
+    url = store._url("an image", "pictures/2026/a b.png")
+    ended = url.replace("X-Amz-Signature=", "X-Amz-Signature=0")
+
+    again = store.signed_anew(ended)
+
+    assert url.startswith("https://pictures.s3")
+    assert str(again).partition("?")[0] == url.partition("?")[0]
+    assert again != ended
+
+
+def test_only_presigned_urls_of_the_store_s_own_images_are_signed_anew(
+    client: S3Client, bucket: str, s3: EmbeddedS3
+) -> None:
+    store = ImageStore(client, bucket, "team")
+    outputs = [
+        "a text",
+        f"{s3.endpoint_url}/{bucket}/team/2026/11/20/a-cat-0.png",
+        f"{s3.endpoint_url}/elsewhere/team/a.png?X-Amz-Signature=00",
+        f"{s3.endpoint_url}/{bucket}/private/a.png?X-Amz-Signature=00",
+        f"https://example.com/{bucket}/team/a.png?X-Amz-Signature=00",
+        "http://[?X-Amz-Signature=00",
+        None,
+        7.5,
+    ]
+
+    assert store.signed_anew([*outputs]) == outputs
+
+
 @pytest.mark.parametrize(
     ("prefix", "key"),
     [

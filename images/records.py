@@ -1,0 +1,296 @@
+"""The durable record of each prediction, beside its images: who works on it, and what came of it.
+
+Whoever claims an id first generates it; everybody after that, on any replica, gets what is recorded. A claim is a lease
+that its owner renews; when it ends unfinished, one other takes it over. It knows nothing of who asks, or how.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from images.conditional import ChangedError, ConditionalBucket, Document
+from images.errors import LostLeaseError, RecordError
+from images.prediction import (
+    LARGEST_RECORD,
+    Outcome,
+    PredictionRecord,
+    parse_record,
+    record_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mypy_boto3_s3 import S3Client
+    from pydantic import JsonValue
+
+FOLDER = "predictions"
+LEASE_SECONDS = 60.0
+LARGEST_PAGE = 1000  # what S3 lists in one answer
+_ATTEMPTS = 10  # at one change, while others keep changing the same record
+_READERS = 8
+_CURSOR = re.compile(r"\d{13}-[A-Za-z0-9._-]{1,80}")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A record as it was read; `age` is how long ago it was written, by the bucket's own clock, in seconds."""
+
+    record: PredictionRecord
+    etag: str
+    age: float
+
+    @property
+    def abandoned(self) -> bool:
+        """Unfinished, and its owner has not been heard of for longer than it said."""
+        return not self.record.finished and self.age >= self.record.lease_seconds
+
+    @property
+    def webhook_due(self) -> bool:
+        """Finished, and its caller not told: by its owner in a moment, or by another where `age` says that it died."""
+        webhook = self.record.webhook
+        if not self.record.finished or webhook is None or webhook.sent_at is not None:
+            return False
+        return webhook.events_filter is None or "completed" in webhook.events_filter
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """The prediction is the caller's: generate it, `renew` meanwhile, and `finish`."""
+
+    record: PredictionRecord
+    etag: str
+
+
+@dataclass(frozen=True)
+class Existing:
+    """The id was claimed before. With another input (`same_input`) it is another prediction: refuse it."""
+
+    stored: Stored
+    same_input: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """Predictions, newest first, and what to pass as `before` for those that follow; None at the end."""
+
+    stored: tuple[Stored, ...]
+    before: str | None
+
+
+class RecordStore:
+    """The predictions' records in the image bucket. Blocks; safe to use from several threads.
+
+    Every method raises RecordError, which names the object, the cause and what to try, and holds no secret. Requests:
+    2 or 3 PUTs once to try the server; 1 PUT to claim, 1 to enter, 1 for each renewal, 1 to finish; for an id that
+    exists 1 PUT and 1 GET, and 1 PUT more to take it over; 1 GET to get; 1 GET and 1 PUT to note a webhook; 1 LIST and
+    1 GET per prediction for a page.
+    """
+
+    def __init__(
+        self, client: S3Client, bucket: str, prefix: str = "", owner: str | None = None
+    ) -> None:
+        """`owner` is this replica's name in the records: random unless given."""
+        self.prefix = "/".join([*filter(None, prefix.split("/")), FOLDER])
+        self.owner = owner or secrets.token_hex(8)
+        self._documents = ConditionalBucket(
+            client, bucket, f"{self.prefix}/conditional-writes", LARGEST_RECORD
+        )
+
+    def key(self, prediction_id: str) -> str:
+        """Where the id's record lies."""
+        return f"{self.prefix}/{record_name(prediction_id)}.json"
+
+    def claim(
+        self, record: PredictionRecord, lease_seconds: float = LEASE_SECONDS
+    ) -> Claimed | Existing:
+        """Make the prediction the caller's if it is nobody's, or of somebody who was not heard of for too long.
+
+        Exactly one of many wins. What is taken over keeps its time of creation, and takes the new webhook if there is
+        one; with another input than the recorded one it is not taken over.
+        """
+        key, mine = self.key(record.id), self._claimed_by_me(record, lease_seconds, record)
+        for _ in range(_ATTEMPTS):
+            try:
+                return Claimed(mine, self._documents.create(key, mine.dump()))
+            except ChangedError:
+                stored = self.get(record.id)
+            if stored is None:
+                continue
+            if stored.record.claim == mine.claim:  # the answer was lost, and the client asked again
+                return Claimed(stored.record, stored.etag)
+            same_input = stored.record.input_sha256 == record.input_sha256
+            if not (stored.abandoned and same_input):
+                return Existing(stored, same_input)
+            mine = self._claimed_by_me(stored.record, lease_seconds, record)
+            try:
+                return Claimed(mine, self._documents.replace(key, mine.dump(), stored.etag))
+            except ChangedError:
+                continue
+        raise self._contended(key)
+
+    def enter(self, record: PredictionRecord) -> None:
+        """Make `recent` find it: once after each claim, and best while it is already being generated."""
+        self._documents.put(f"{self._by_time}{record.place_in_time}", b"")
+
+    def renew(
+        self, claimed: Claimed, lease_seconds: float | None = None, **changes: Any
+    ) -> Claimed:
+        """Begin the lease anew, and note how far it is (`status`, `started_at`, `metrics`).
+
+        Use what it returns from now on. Raises LostLeaseError when another has taken the prediction over, or it is
+        finished: stop generating it.
+        """
+        if lease_seconds is not None:
+            changes["lease_seconds"] = lease_seconds
+        return self._change(claimed, changes)
+
+    def finish(
+        self,
+        claimed: Claimed,
+        status: Outcome,
+        *,
+        output: JsonValue = None,
+        error: str | None = None,
+        metrics: Mapping[str, JsonValue] | None = None,
+        completed_at: datetime | None = None,
+    ) -> PredictionRecord:
+        """Record what came of it, for good: no later call changes it.
+
+        Raises LostLeaseError when another has taken the prediction over, or it is finished: what is recorded counts,
+        and what the caller has is to be thrown away.
+        """
+        changes: dict[str, Any] = {
+            "status": status,
+            "output": output,
+            # It may quote what a caller sent, half a character included, and has to be told all the same.
+            "error": None if error is None else error.encode(errors="replace").decode(),
+            "metrics": {**claimed.record.metrics, **(metrics or {})},
+            "completed_at": completed_at or datetime.now(UTC),
+        }
+        return self._change(claimed, changes).record
+
+    def webhook_sent(self, prediction_id: str, sent_at: datetime | None = None) -> None:
+        """Note that the caller was told of the end: all that changes in a finished record. One GET and one PUT.
+
+        Two replicas may still tell of one end: what they send has to carry the prediction's id.
+        """
+        key, moment = self.key(prediction_id), sent_at or datetime.now(UTC)
+        for _ in range(_ATTEMPTS):
+            stored = self.get(prediction_id)
+            if stored is None or not stored.webhook_due or stored.record.webhook is None:
+                return
+            webhook = {**dict(stored.record.webhook), "sent_at": moment}
+            try:
+                data = stored.record.changed(webhook=webhook).dump()
+                self._documents.replace(key, data, stored.etag)
+            except ChangedError:
+                continue
+            return
+        raise self._contended(key)
+
+    def get(self, prediction_id: str) -> Stored | None:
+        """The id's record, or None where there is none."""
+        key = self.key(prediction_id)
+        found = self._documents.read(key)
+        return None if found is None else self._parse(key, found, prediction_id)
+
+    def recent(self, limit: int, before: str | None = None) -> Page:
+        """A page of at most `limit` (1 to 1000) predictions that were entered, newest first.
+
+        `before` is what the page before it gave; the times are those of the replicas that claimed them. What cannot
+        be understood is left out, with a warning in the log, so a page may be shorter.
+        """
+        if before is not None and not _CURSOR.fullmatch(before):
+            raise RecordError(f"{before[:100]!r} is no place in the list: pass what a page gave")
+        keys, more = self._documents.list(
+            self._by_time,
+            after=f"{self._by_time}{before}" if before else "",
+            limit=min(max(limit, 1), LARGEST_PAGE),
+        )
+        places = [key.removeprefix(self._by_time) for key in keys]
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = list(pool.map(self._at, places))
+        return Page(tuple(filter(None, found)), places[-1] if more and places else None)
+
+    @property
+    def _by_time(self) -> str:
+        return f"{self.prefix}/by-time/"
+
+    def _at(self, place: str) -> Stored | None:
+        _, _, name = place.partition("-")
+        key = f"{self.prefix}/{name}.json"
+        found = self._documents.read(key)
+        if found is None:
+            return None
+        try:
+            stored = self._parse(key, found, None)
+        except RecordError as error:
+            _log.warning("left out of the list of predictions: %s", error)
+            return None
+        # One that was deleted and made again under the same id has a later place too.
+        return stored if stored.record.place_in_time == place else None
+
+    def _parse(self, key: str, found: Document, prediction_id: str | None) -> Stored:
+        record = parse_record(found.data, prediction_id, self._documents.url(key))
+        return Stored(record, found.etag, found.age)
+
+    def _claimed_by_me(
+        self, found: PredictionRecord, lease_seconds: float, asked: PredictionRecord
+    ) -> PredictionRecord:
+        return found.changed(
+            owner=self.owner,
+            claim=secrets.token_hex(16),
+            attempts=found.attempts + 1,
+            lease_seconds=lease_seconds,
+            status="starting",
+            output=None,
+            error=None,
+            metrics={},
+            started_at=None,
+            completed_at=None,
+            webhook=asked.webhook or found.webhook,
+        )
+
+    def _change(self, claimed: Claimed, changes: dict[str, Any]) -> Claimed:
+        """Write changes if the claim still holds. Renewing and finishing may happen at once, in two threads."""
+        key, current = self.key(claimed.record.id), claimed
+        wanted = current.record.changed(**changes)
+        for _ in range(_ATTEMPTS):
+            data = wanted.dump()
+            try:
+                return Claimed(wanted, self._documents.replace(key, data, current.etag))
+            except ChangedError:
+                found = self._documents.read(key)
+            if found is not None and found.data == data:  # written, and the answer was lost
+                return Claimed(wanted, found.etag)
+            current = self._still_mine(key, found, claimed)
+            wanted = current.record.changed(**changes)
+        raise self._contended(key)
+
+    def _still_mine(self, key: str, found: Document | None, claimed: Claimed) -> Claimed:
+        what = f"prediction {claimed.record.name} is no longer this replica's to record"
+        url = self._documents.url(key)
+        if found is None:
+            raise LostLeaseError(f"{what}: {url} was deleted meanwhile. Send it again to repeat it")
+        stored = self._parse(key, found, claimed.record.id)
+        if stored.record.claim != claimed.record.claim:
+            raise LostLeaseError(
+                f"{what}: its lease was over, and {stored.record.owner} took it over ({url})"
+            )
+        if stored.record.finished:
+            raise LostLeaseError(f"{what}: {url} is finished already ({stored.record.status})")
+        return Claimed(stored.record, stored.etag)
+
+    def _contended(self, key: str) -> RecordError:
+        return RecordError(
+            f"cannot write {self._documents.url(key)}: others keep changing it. Try again"
+        )

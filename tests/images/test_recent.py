@@ -1,0 +1,92 @@
+"""The list of predictions: newest first, page by page, with what a crash left."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from demo.s3 import EmbeddedS3
+from images.errors import RecordError
+from images.records import Claimed, RecordStore
+from tests.images.claims import NOON, claim, write
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+def test_the_newest_come_first_page_by_page(store: RecordStore) -> None:
+    ids = [f"p{number}" for number in range(7)] + ["a/b"]
+    for number, prediction_id in enumerate(ids):
+        moment = NOON + timedelta(milliseconds=number)
+        store.enter(claim(store, prediction_id, created_at=moment).record)
+
+    pages = [store.recent(3)]
+    while pages[-1].before:
+        pages.append(store.recent(3, pages[-1].before))
+
+    listed = [[stored.record.id for stored in page.stored] for page in pages]
+    assert listed == [["a/b", "p6", "p5"], ["p4", "p3", "p2"], ["p1", "p0"]]
+
+
+def test_what_came_since_the_first_page_does_not_move_the_next(store: RecordStore) -> None:
+    for number in range(4):
+        moment = NOON + timedelta(seconds=number)
+        store.enter(claim(store, f"p{number}", created_at=moment).record)
+    first = store.recent(2)
+    store.enter(claim(store, "newer", created_at=NOON + timedelta(hours=1)).record)
+
+    second = store.recent(2, first.before)
+
+    assert [stored.record.id for stored in second.stored] == ["p1", "p0"]
+
+
+def test_a_page_costs_one_listing_and_one_read_for_each_on_it(
+    s3: EmbeddedS3, bucket: str, store: RecordStore
+) -> None:
+    for number in range(5):
+        moment = NOON + timedelta(seconds=number)
+        store.enter(claim(store, f"p{number}", created_at=moment).record)
+    before = len(s3.requests(bucket))
+
+    store.recent(3)
+
+    made = s3.requests(bucket)[before:]
+    assert sorted(record.key for record in made) == ["", *(f"predictions/p{n}.json" for n in "234")]
+
+
+def test_what_a_crash_left_unfinished_is_listed_as_abandoned(
+    store: RecordStore, other: RecordStore
+) -> None:
+    for prediction_id, lease_seconds in (("alive", 60.0), ("dead", 0.0), ("done", 0.0)):
+        claimed = claim(store, prediction_id, lease_seconds=lease_seconds)
+        store.enter(claimed.record)
+    store.finish(claimed, "succeeded")
+
+    (dead,) = [stored for stored in other.recent(10).stored if stored.abandoned]
+    retaken = other.claim(dead.record)
+
+    assert isinstance(retaken, Claimed)
+    assert (retaken.record.id, retaken.record.attempts) == ("dead", 2)
+    assert not [stored for stored in store.recent(10).stored if stored.abandoned]
+
+
+def test_one_damaged_record_does_not_hide_the_others(
+    client: S3Client, bucket: str, store: RecordStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for prediction_id in ("a-cat", "a-dog", "gone"):
+        store.enter(claim(store, prediction_id).record)
+    write(client, bucket, b"{")
+    client.delete_object(Bucket=bucket, Key="predictions/gone.json")
+
+    page = store.recent(10)
+
+    assert [stored.record.id for stored in page.stored] == ["a-dog"]
+    assert f"s3://{bucket}/predictions/a-cat.json" in caplog.text
+
+
+@pytest.mark.parametrize("before", ["", "../x", "1-a", "0000000000000-", "0000000000000-a/b"])
+def test_a_place_in_the_list_that_no_page_gave_is_refused(store: RecordStore, before: str) -> None:
+    with pytest.raises(RecordError, match="is no place in the list"):
+        store.recent(5, before)

@@ -1,0 +1,388 @@
+"""Who has a prediction: claims, leases and results, against the embedded S3 server and one that knows no conditions."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from demo.s3 import EmbeddedS3, Fault
+from images.errors import ImagesError, LostLeaseError, RecordError
+from images.prediction import Webhook
+from images.records import Claimed, Existing, RecordStore
+from tests.images.claims import CAT, NOON, asked, claim, existing, got
+from tests.images.plain_s3 import PlainS3
+from tests.images.test_store import connect
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+def test_who_claims_first_has_it_and_everybody_else_sees_that(
+    store: RecordStore, other: RecordStore
+) -> None:
+    claimed = claim(store)
+
+    found = existing(other)
+
+    assert found.same_input
+    assert found.stored.record == claimed.record
+    assert not found.stored.abandoned
+    assert (claimed.record.owner, claimed.record.attempts) == (store.owner, 1)
+
+
+def test_one_of_many_that_claim_at_once_has_it(client: S3Client, bucket: str) -> None:
+    stores = [RecordStore(client, bucket) for _ in range(16)]
+    together = threading.Barrier(len(stores))
+
+    def compete(store: RecordStore) -> Claimed | Existing:
+        together.wait()
+        return store.claim(asked())
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        results = list(pool.map(compete, stores))
+
+    (winner,) = [result for result in results if isinstance(result, Claimed)]
+    seen = [result.stored.record for result in results if isinstance(result, Existing)]
+    assert seen == [winner.record] * 15
+
+
+def test_one_replica_asked_twice_at_once_generates_once(store: RecordStore) -> None:
+    together = threading.Barrier(8)
+
+    def compete(_: int) -> Claimed | Existing:
+        together.wait()
+        return store.claim(asked())
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(compete, range(8)))
+
+    assert [isinstance(result, Claimed) for result in results].count(True) == 1
+
+
+def test_what_is_finished_is_returned_for_ever(store: RecordStore, other: RecordStore) -> None:
+    claimed = claim(store, lease_seconds=0)
+    later = NOON + timedelta(seconds=3)
+
+    store.finish(
+        claimed,
+        "succeeded",
+        output=["https://images/1.png"],
+        metrics={"seconds": 1.5},
+        completed_at=later,
+    )
+
+    record = existing(other).stored.record
+    assert (record.status, record.output) == ("succeeded", ["https://images/1.png"])
+    assert (record.metrics, record.completed_at) == ({"seconds": 1.5}, later)
+    assert got(other).record == record
+    assert not got(other).abandoned
+    assert isinstance(other.claim(record), Existing)
+
+
+def test_a_result_is_never_changed_not_even_by_its_own_replica(store: RecordStore) -> None:
+    claimed = claim(store)
+    store.finish(claimed, "canceled")
+
+    for late in (
+        lambda: store.finish(claimed, "succeeded", output=["late"]),
+        lambda: store.renew(claimed),
+    ):
+        with pytest.raises(LostLeaseError, match=r"predictions/a-cat.json is finished already \(c"):
+            late()
+
+    assert got(store).record.status == "canceled"
+
+
+def test_one_of_many_takes_over_what_a_dead_replica_left(
+    store: RecordStore, client: S3Client, bucket: str
+) -> None:
+    claim(store, lease_seconds=0)
+    stores = [RecordStore(client, bucket) for _ in range(16)]
+    together = threading.Barrier(len(stores))
+
+    def compete(replica: RecordStore) -> Claimed | Existing:
+        together.wait()
+        return replica.claim(asked(created_at=NOON + timedelta(hours=1)))
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        results = list(pool.map(compete, stores))
+
+    (winner,) = [result for result in results if isinstance(result, Claimed)]
+    assert winner.record.attempts == 2
+    assert winner.record.created_at == NOON
+    assert got(store).record == winner.record
+    assert not got(store).abandoned
+
+
+def test_who_lost_the_lease_cannot_record_a_result(store: RecordStore, other: RecordStore) -> None:
+    lost = claim(store, lease_seconds=0)
+    won = claim(other)
+
+    for attempt in (
+        lambda: store.renew(lost),
+        lambda: store.finish(lost, "succeeded", output=["of the loser"]),
+    ):
+        with pytest.raises(LostLeaseError, match=f"{other.owner} took it over"):
+            attempt()
+
+    other.finish(won, "succeeded", output=["of the winner"])
+    assert got(store).record.output == ["of the winner"]
+
+
+def test_a_late_owner_nobody_replaced_still_finishes(store: RecordStore) -> None:
+    claimed = claim(store, lease_seconds=0)
+    assert got(store).abandoned
+
+    store.finish(claimed, "succeeded")
+
+    assert got(store).record.status == "succeeded"
+
+
+def test_renewing_begins_the_lease_anew_and_notes_how_far_it_is(store: RecordStore) -> None:
+    claimed = claim(store, lease_seconds=0)
+
+    renewed = store.renew(claimed, 60, status="processing", started_at=NOON)
+
+    assert got(store).record == renewed.record
+    assert (renewed.record.status, renewed.record.started_at) == ("processing", NOON)
+    assert not got(store).abandoned
+
+
+def test_renewing_in_one_thread_does_not_disturb_finishing_in_another(store: RecordStore) -> None:
+    claimed = claim(store)
+    store.renew(claimed, status="processing", metrics={"step": 2})
+
+    store.finish(claimed, "succeeded", output=["x"])  # with what was known before the renewal
+
+    record = got(store).record
+    assert (record.status, record.output) == ("succeeded", ["x"])
+
+
+def test_the_lease_goes_by_the_buckets_clock(
+    store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(days=1)
+
+    claim(store)
+    monkeypatch.setattr("images.conditional.datetime", Ahead)
+
+    assert got(store).age < 60
+    assert isinstance(store.claim(asked()), Existing)
+
+
+def test_the_same_id_with_another_input_is_recognised_and_never_taken_over(
+    store: RecordStore, other: RecordStore
+) -> None:
+    claim(store, lease_seconds=0)
+
+    found = existing(other, "a-cat", {"prompt": "a dog"})
+
+    assert not found.same_input
+    assert found.stored.abandoned
+    assert found.stored.record.input == CAT
+
+
+def test_a_webhook_is_due_from_the_end_until_it_was_sent(
+    store: RecordStore, other: RecordStore
+) -> None:
+    claimed = claim(store, webhook=Webhook(url="https://me/1"))
+    store.webhook_sent("a-cat")  # of no end: not noted
+    assert not got(store).webhook_due
+    finished = store.finish(claimed, "succeeded", output=["x"])
+    assert got(other).webhook_due
+
+    with pytest.raises(RecordError, match=r"webhook\.sent_at"):
+        other.webhook_sent("a-cat", NOON.replace(tzinfo=None))
+    other.webhook_sent("a-cat", NOON)
+    store.webhook_sent("a-cat", NOON + timedelta(hours=1))  # the first one counts
+
+    after = got(store)
+    assert not after.webhook_due
+    assert after.record == finished.changed(webhook=Webhook(url="https://me/1", sent_at=NOON))
+
+
+@pytest.mark.parametrize("webhook", [None, Webhook(url="https://me/1", events_filter=("logs",))])
+def test_who_did_not_ask_is_not_told(store: RecordStore, webhook: Webhook | None) -> None:
+    store.finish(claim(store, webhook=webhook), "succeeded")
+    store.webhook_sent("a-cat")
+    store.webhook_sent("nobody")
+
+    assert not got(store).webhook_due
+
+
+def test_a_takeover_begins_from_nothing(store: RecordStore, other: RecordStore) -> None:
+    claimed = claim(store, lease_seconds=0)
+    store.renew(claimed, status="processing", started_at=NOON, metrics={"step": 2})
+
+    retaken = claim(other).record
+
+    assert (retaken.status, retaken.started_at, retaken.metrics) == ("starting", None, {})
+
+
+def test_a_takeover_keeps_the_webhook_unless_there_is_a_new_one(
+    store: RecordStore, other: RecordStore
+) -> None:
+    first, second = Webhook(url="https://me/1"), Webhook(url="https://me/2")
+    claim(store, webhook=first, lease_seconds=0)
+
+    assert claim(other, lease_seconds=0).record.webhook == first
+    assert claim(other, webhook=second).record.webhook == second
+
+
+def test_an_unknown_id_is_none(store: RecordStore) -> None:
+    assert store.get("nobody") is None
+
+
+def test_an_unknown_id_is_none_where_the_server_answers_403_to_who_may_not_list_everything(
+    s3: EmbeddedS3, store: RecordStore, bucket: str
+) -> None:
+    refusal = Fault("status", bucket=bucket, key="predictions/*.json", status=403)
+    with s3.fault(refusal):
+        assert store.get("nobody") is None
+        claim(store)
+        with pytest.raises(RecordError, match=rf"cannot read s3://{bucket}/predictions/a-cat\.jso"):
+            store.get("a-cat")
+
+
+def test_a_bucket_that_is_gone_is_a_clear_error(client: S3Client) -> None:
+    store = RecordStore(client, f"gone-{uuid.uuid4().hex[:8]}")
+
+    for call in (
+        lambda: store.claim(asked()),
+        lambda: store.get("a-cat"),
+        lambda: store.recent(5),
+        lambda: store.enter(asked()),
+    ):
+        with pytest.raises(RecordError, match=r"s3://gone-\w+/predictions/.*the bucket does not e"):
+            call()
+
+
+def test_a_keypair_without_rights_is_told_which_and_where(s3: EmbeddedS3, bucket: str) -> None:
+    nothing = {
+        "Version": "2012-10-17",
+        "Statement": [
+            {"Effect": "Allow", "Action": "s3:GetObject", "Resource": "arn:aws:s3:::x/*"}
+        ],
+    }
+    keys = s3.create_user(f"{bucket}-user", nothing)
+    store = RecordStore(connect(s3.endpoint_url, keys), bucket)
+
+    for call, object_and_advice in (
+        (lambda: store.claim(asked()), rf"write s3://{bucket}/predictions/\S+: .*policy attached"),
+        (
+            lambda: store.get("a-cat"),
+            rf"read s3://{bucket}/predictions/a-cat\.json: .*policy attac",
+        ),
+        (lambda: store.recent(5), rf"list s3://{bucket}/predictions/by-time/\*: .*ListPredictions"),
+    ):
+        with pytest.raises(ImagesError, match=object_and_advice) as caught:
+            call()
+        assert keys.secret_access_key not in str(caught.value)
+
+
+def test_a_prediction_costs_three_writes_and_asking_again_one_write_and_one_read(
+    s3: EmbeddedS3, bucket: str, store: RecordStore
+) -> None:
+    claim(store, "the first tries the server")
+    before = len(s3.requests(bucket))
+
+    claimed = claim(store)
+    store.enter(claimed.record)
+    store.finish(claimed, "succeeded")
+    existing(store)
+
+    methods = [(record.method, record.status) for record in s3.requests(bucket)[before:]]
+    assert methods == [("PUT", 200)] * 3 + [("PUT", 412), ("GET", 200)]
+
+
+def test_a_record_that_was_deleted_meanwhile_is_not_written_again(
+    client: S3Client, bucket: str, store: RecordStore
+) -> None:
+    claimed = claim(store)
+    client.delete_object(Bucket=bucket, Key="predictions/a-cat.json")
+
+    with pytest.raises(LostLeaseError, match=r"a-cat\.json was deleted meanwhile"):
+        store.finish(claimed, "succeeded")
+
+    assert store.get("a-cat") is None
+
+
+def test_a_write_that_meets_another_under_way_is_tried_again(plain: PlainS3) -> None:
+    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    plain.conflict = 2
+
+    claimed = claim(store)
+    plain.conflict = 2
+    store.finish(claimed, "succeeded")
+
+    assert got(store).record.status == "succeeded"
+
+
+def test_a_conflict_that_stays_is_a_clear_error(plain: PlainS3) -> None:
+    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    claim(store, "the first tries the server")
+    plain.conflict = 1000
+
+    with pytest.raises(RecordError, match=r"cannot write s3://pictures/predictions/a-cat\.json: "):
+        store.claim(asked())
+
+
+def test_a_claim_whose_answer_was_lost_is_still_a_claim(plain: PlainS3) -> None:
+    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    claim(store, "the first tries the server")
+
+    plain.lose = 1
+    claimed = claim(store)
+    plain.lose = 1
+    renewed = store.renew(claimed, status="processing")
+    plain.lose = 1
+    finished = store.finish(renewed, "succeeded", output=["x"])
+
+    assert got(store).record == finished
+
+
+@pytest.mark.parametrize("ignored", [(), ("If-None-Match", "If-Match"), ("If-Match",)])
+def test_without_conditional_writes_looking_before_and_after_does_and_is_said_once(
+    plain: PlainS3, caplog: pytest.LogCaptureFixture, ignored: tuple[str, ...]
+) -> None:
+    plain.conditional_writes, plain.ignored = bool(ignored), ignored  # or they are refused
+    store, other = (RecordStore(connect(plain.endpoint_url), "pictures") for _ in range(2))
+
+    lost = claim(store, lease_seconds=0)
+    won = claim(other)
+    with pytest.raises(LostLeaseError, match="took it over"):
+        store.finish(lost, "succeeded", output=["of the loser"])
+    other.finish(won, "succeeded", output=["of the winner"])
+
+    assert existing(store).stored.record.output == ["of the winner"]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.count("no conditional writes") for message in warnings] == [1, 1]  # one a store
+
+
+def test_without_conditional_writes_who_was_overwritten_at_once_does_not_have_it(
+    plain: PlainS3,
+) -> None:
+    plain.conditional_writes = False
+    store, other = (RecordStore(connect(plain.endpoint_url), "pictures") for _ in range(2))
+    together = threading.Barrier(2)
+    store_write = plain.put
+
+    def put(key: str, body: bytes, headers: object) -> str | None:
+        code = store_write(key, body, headers)
+        if key.endswith("a-cat.json"):
+            together.wait(30)  # both have looked, and both have written, before either looks again
+        return code
+
+    plain.put = put  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda replica: replica.claim(asked()), (store, other)))
+
+    assert [isinstance(result, Claimed) for result in results].count(True) == 1
