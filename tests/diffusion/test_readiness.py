@@ -50,6 +50,17 @@ class Compiler:
     hold: Callable[[], None] = lambda: None
     refuses: str = ""
 
+    def held(self) -> tuple[threading.Event, threading.Event]:
+        """From now on reading waits for the second event; the first says that it has begun."""
+        begun, over = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            begun.set()
+            over.wait(60)
+
+        self.hold = hold
+        return begun, over
+
     def __call__(self, module: Any, _: Any) -> Any:
         name = threading.current_thread().name
         self.threads.append(name)
@@ -105,13 +116,7 @@ def plain(model) -> Engine:
 
 def test_all_is_read_on_another_thread_while_requests_are_served(model, plain, compiler):
     engine = engine_of(model, SQUARE, WIDE)
-    reading, read = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        reading.set()
-        read.wait(60)
-
-    compiler.hold = hold
+    reading, read = compiler.held()
     engine.warm_up()
     assert reading.wait(60)
     beside = [made(engine, size) for size in (SQUARE, WIDE, TALL)]
@@ -146,13 +151,7 @@ def test_a_new_version_takes_up_what_there_is_while_the_old_one_is_still_read(
 ):
     update = write_small_sdxl(tmp_path / "update", seed=1, native_size=64)
     engine = engine_of(model, SQUARE)
-    reading, read = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        reading.set()
-        read.wait(60)
-
-    compiler.hold = hold
+    reading, read = compiler.held()
     engine.warm_up()
     assert reading.wait(60)
     first = engine._readiness._thread
@@ -258,13 +257,7 @@ def test_norms_of_requests_know_nothing_of_what_is_compiled_meanwhile(monkeypatc
 
 def test_an_image_does_not_depend_on_when_it_was_asked_for(model, compiler):
     engine = engine_of(model, SQUARE)
-    reading, read = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        reading.set()
-        read.wait(60)
-
-    compiler.hold = hold
+    reading, read = compiler.held()
     before = made(engine, TALL)
     engine.warm_up()
     assert reading.wait(60)
