@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from diffusion.compiled import Compiling
+from diffusion.compiled import Compiling, first_line
 from diffusion.device import ran_out_of_memory
 from diffusion.device_loop import DeviceLoop
 from diffusion.refresh import one_refresh_at_a_time
@@ -197,10 +197,21 @@ class Readiness:
         plan, together = self._plan(what), what[2]
         found: list[Rehearsal] = []
         self._loop.soon(lambda: found.append(self._observed(plan, together))).result()
-        for call in found[0].calls:
+        calls = found[0].calls
+        failures: list[str] = []
+        for call in calls:
             if stopped.is_set():
                 return
-            self._read(call)
+            if (failure := self._read(call)) is not None:
+                failures.append(failure)
+        if failures:
+            logger.info(
+                "%d of %d kinds of parts of %d of %dx%d could not be read beside requests (%s).",
+                len(failures),
+                len(calls),
+                *_told(what),
+                failures[0],
+            )
         if not stopped.is_set():
             # What could not be read is refused there, part by part, with the reason.
             self._loop.soon(partial(self._learn, plan, together)).result()
@@ -210,20 +221,23 @@ class Readiness:
             self._loop.run_plainly(plan, together)
         return rehearsal
 
-    def _read(self, call: Call) -> None:
-        """Beside requests where there is memory for both, and between them where there is not."""
+    def _read(self, call: Call) -> str | None:
+        """Beside requests where there is memory for both, and between them where there is not; returns what failed."""
         if self._has_room_for_two():
+            failure: str | None = None
             full = False
             try:
                 # Building a pipeline patches torch for all threads; neither may see the other half done.
                 with one_refresh_at_a_time:
                     call.make()
-            except Exception as error:  # noqa: BLE001 - the pass that learns says what is wrong
+            except Exception as error:  # noqa: BLE001 - it is only about speed, and the caller tells
+                failure = first_line(error)
                 full = isinstance(error, RuntimeError) and ran_out_of_memory(error)
             if not full:
-                return
+                return failure
             torch.cuda.empty_cache()
-        self._loop.soon(call.make).exception()
+        refused = self._loop.soon(call.make).exception()
+        return None if refused is None else first_line(refused)
 
     def _has_room_for_two(self) -> bool:
         """Whether there is memory for what an image took at most, twice."""

@@ -28,15 +28,20 @@ class TextGraphs:
 
         Their weights may change where they lie. One that does not lie on the card is left as it is.
         """
-        for encoder, graphs in self._covered:
-            if not any(encoder is one for one in encoders):
-                encoder.__dict__.pop("forward", None)
-                graphs.forget()
-        known = {id(encoder): graphs for encoder, graphs in self._covered}
-        self._covered = [
-            (encoder, known.get(id(encoder)) or self._stand_before(encoder))
+        on_card = [
+            encoder
             for encoder in encoders
             if all(parameter.device.type == "cuda" for parameter in encoder.parameters())
+        ]
+        known = {id(encoder): graphs for encoder, graphs in self._covered}
+        for encoder, graphs in self._covered:
+            if not any(encoder is one for one in on_card):
+                encoder.__dict__.pop("forward", None)
+                graphs.forget()
+        self._covered = [
+            # By whether it is there: graphs of which none is recorded yet are as false as none.
+            (one, known[id(one)] if id(one) in known else self._stand_before(one))
+            for one in on_card
         ]
 
     def forget(self) -> None:

@@ -1,13 +1,18 @@
 """What is left when recording a graph fails, on any machine: the card's part of torch is played by a stand-in."""
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from diffusion.graphs import Batch, Graphs
+from diffusion.text_graphs import TextGraphs
 
 
 class Stream:
@@ -186,3 +191,39 @@ def test_graphs_of_another_denoiser_get_memory_of_their_own(card, forget):
     assert isinstance(second, Recorded)
     assert third is None
     assert len(graphs) == 1
+
+
+class Encoder(nn.Module):
+    """A text encoder that says it lies on a card."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield SimpleNamespace(device=torch.device("cuda"))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids + 1
+
+
+def test_an_encoder_is_stood_before_once_also_while_it_has_no_graph_and_as_long_as_it_is_there():
+    graphs, encoder, other = TextGraphs(torch.device("cuda")), Encoder(), Encoder()
+    graphs.cover([encoder])
+    before = encoder.__dict__["forward"]
+
+    graphs.cover([encoder, other])
+    assert encoder.__dict__["forward"] is before
+    # Ids that lie elsewhere are none of a card's.
+    assert torch.equal(encoder(torch.zeros(1, 3)), torch.ones(1, 3))
+
+    graphs.cover([other])
+    assert "forward" not in encoder.__dict__
+    assert "forward" in other.__dict__
+
+
+def test_an_encoder_that_is_gone_is_not_kept_by_its_graphs():
+    graphs, encoder = TextGraphs(torch.device("cuda")), Encoder()
+    graphs.cover([encoder])
+    gone = weakref.ref(encoder)
+
+    graphs.cover([])
+    del encoder
+
+    assert gone() is None

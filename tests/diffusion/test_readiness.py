@@ -136,12 +136,14 @@ def test_all_is_read_on_another_thread_while_requests_are_served(model, plain, c
 def test_what_is_refused_leaves_the_plain_path_and_one_line(model, plain, compiler, caplog):
     compiler.refuses = "the published artifacts do not have it"
     engine = engine_of(model, SQUARE)
-    engine.warm_up()
-    wait(engine)
+    with caplog.at_level("INFO", logger="diffusion"):
+        engine.warm_up()
+        wait(engine)
 
     (line,) = (record.message for record in caplog.records if record.levelname == "WARNING")
     assert "UNet2DConditionModel runs without compiled code" in line
     assert "the published artifacts do not have it" in line
+    assert "could not be read beside requests" in caplog.text
     assert engine.compiled == frozenset()
     assert near(made(engine), made(plain))
 
