@@ -1,129 +1,24 @@
-"""Cog's real server is run, watched, started again and stopped, and nothing of it is ever left behind."""
+"""Cog's real server is run, watched and started again."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from gateway.cog_process import CogGaveUpError, CogProcess
-from gateway.cog_status import State, Status
+from gateway.cog_process import CogGaveUpError
+from gateway.cog_status import State
 from gateway.patience import Patience
-from tests.support.process_groups import members_of_group, processes_of_group
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SUPPORT = REPOSITORY / "tests" / "support"
-RUNNER = "runner_for_cog_process.py:Runner"
-NEVER_S = 3600.0
-TIMEOUT_S = 90.0
-
-# Short where a test waits for it, and never where it must not come.
-QUICK = Patience(
-    poll_starting_s=0.05,
-    poll_s=0.05,
-    first_pause_s=0.05,
-    longest_pause_s=0.05,
-    setup_first_pause_s=0.05,
-    setup_longest_pause_s=0.05,
-    good_life_s=NEVER_S,
-)
+from tests.gateway.watching import NEVER_S, QUICK, environment, line_of, run, watched, worker_of
+from tests.support.process_groups import processes_of_group
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-
-def environment(**variables: str) -> dict[str, str]:
-    inherited = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}
-    return inherited | {"COG_PREDICT_TYPE_STUB": RUNNER} | variables
-
-
-class Watched:
-    """A CogProcess that runs, and all that became of it."""
-
-    def __init__(self, cog: CogProcess, client: httpx.AsyncClient) -> None:
-        self.cog = cog
-        self.client = client
-        self.seen: list[Status] = [cog.status]
-        self.groups: set[int] = set()
-        self._recording = asyncio.create_task(self._record())
-        self.running = asyncio.create_task(cog.run())
-
-    async def _record(self) -> None:
-        while self.seen[-1].state is not State.STOPPED:
-            self.seen.append(await self.cog.wait_for_change(self.seen[-1]))
-            if self.cog.pid is not None:
-                self.groups.add(self.cog.pid)
-
-    async def until(self, *states: State, restarts: int = 0) -> Status:
-        status = self.cog.status
-        async with asyncio.timeout(TIMEOUT_S):
-            while status.state not in states or status.restarts < restarts:
-                status = await self.cog.wait_for_change(status)
-        return status
-
-    async def predict(self, prompt: str, seconds: float = 0.0) -> dict[str, Any]:
-        answer = await self.client.post(
-            f"{self.cog.address}/predictions",
-            json={"input": {"prompt": prompt, "seconds": seconds}},
-            timeout=TIMEOUT_S,
-        )
-        body: dict[str, Any] = answer.json()
-        return body
-
-    def states(self) -> list[State]:
-        return [status.state for status in self.seen]
-
-    async def end(self) -> None:
-        await self.cog.stop(0)
-        await asyncio.gather(self.running, return_exceptions=True)
-        await self._recording
-        assert self.cog.status.state is State.STOPPED
-        assert self.cog.pid is None
-        for group in self.groups:
-            assert processes_of_group(group) == []
-
-
-@asynccontextmanager
-async def watched(
-    patience: Patience = QUICK, *, cwd: Path = SUPPORT, **arguments: Any
-) -> AsyncIterator[Watched]:
-    arguments.setdefault("environment", environment())
-    async with httpx.AsyncClient(trust_env=False) as client:
-        cog = CogProcess(client, cwd=cwd, patience=patience, **arguments)
-        running = Watched(cog, client)
-        try:
-            yield running
-        finally:
-            await running.end()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(test())  # type: ignore[arg-type]
-
-
-async def line_of(read: Callable[[], str], text: str) -> None:
-    """Return when `text` has been read."""
-    seen = ""
-    async with asyncio.timeout(TIMEOUT_S):
-        while text not in seen:
-            seen += read()
-            await asyncio.sleep(0.02)
-
-
-def worker_of(cog: CogProcess) -> int:
-    assert cog.pid is not None
-    (worker,) = members_of_group(cog.pid).keys() - {cog.pid}
-    return worker
 
 
 # Serving
@@ -395,153 +290,3 @@ def test_a_setup_that_goes_on_failing_is_given_up() -> None:
                 await it.running
 
     run(test)
-
-
-# Stopping
-
-
-def test_a_running_prediction_finishes_before_the_stop() -> None:
-    async def test() -> None:
-        async with watched() as it:
-            await it.until(State.READY)
-            prediction = asyncio.create_task(it.predict("cat", 1.5))
-            await it.until(State.BUSY)
-            await asyncio.gather(it.cog.stop(TIMEOUT_S), it.cog.stop(TIMEOUT_S))
-            await it.cog.stop(TIMEOUT_S)
-
-            assert (await prediction)["output"] == "CAT"
-            assert it.running.done()
-            assert it.running.exception() is None
-            assert it.states()[-2:] == [State.STOPPING, State.STOPPED]
-
-    run(test)
-
-
-def test_a_second_stop_can_shorten_the_grace_of_the_first() -> None:
-    async def test() -> None:
-        async with watched() as it:
-            await it.until(State.READY)
-            prediction = asyncio.create_task(it.predict("cat", NEVER_S))
-            await it.until(State.BUSY)
-            patient = asyncio.create_task(it.cog.stop(NEVER_S))
-            await it.until(State.STOPPING)
-            await it.cog.stop(0)
-            await patient
-
-            with pytest.raises(httpx.TransportError):
-                await prediction
-
-    run(test)
-
-
-def test_it_can_be_stopped_while_the_setup_runs(capfd: pytest.CaptureFixture[str]) -> None:
-    async def test() -> None:
-        async with watched(environment=environment(SETUP="never ends")) as it:
-            await line_of(lambda: "".join(capfd.readouterr()), "setting up")
-            group = it.cog.pid
-            assert group is not None
-            assert len(processes_of_group(group)) == 2
-            await it.cog.stop(TIMEOUT_S)
-
-            assert processes_of_group(group) == []
-
-    run(test)
-
-
-def test_it_can_be_stopped_at_its_very_start() -> None:
-    async def test() -> None:
-        async with watched() as it:
-            await asyncio.sleep(0)  # run() has begun
-            await it.cog.stop(TIMEOUT_S)
-
-            assert it.running.done()
-
-    run(test)
-
-
-def test_it_can_be_stopped_between_two_lives() -> None:
-    async def test() -> None:
-        patience = replace(QUICK, first_pause_s=NEVER_S, longest_pause_s=NEVER_S)
-        async with watched(patience) as it:
-            await it.until(State.READY)
-            await it.predict("die")
-            await it.until(State.DEAD)
-            await it.cog.stop(TIMEOUT_S)
-
-            assert it.cog.status.restarts == 0
-
-    run(test)
-
-
-def test_stopped_before_it_ran_it_starts_nothing() -> None:
-    async def test() -> None:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            cog = CogProcess(client, environment=environment(), cwd=SUPPORT)
-            await cog.stop(TIMEOUT_S)
-            await cog.run()
-
-            assert cog.status.state is State.STOPPED
-            assert cog.pid is None
-
-    run(test)
-
-
-def test_it_runs_once() -> None:
-    async def test() -> None:
-        async with watched() as it:
-            await it.until(State.READY)
-            with pytest.raises(RuntimeError, match="make a new CogProcess"):
-                await it.cog.run()
-
-    run(test)
-
-
-def test_cancelling_leaves_nothing_behind(capfd: pytest.CaptureFixture[str]) -> None:
-    async def test() -> None:
-        async with watched(environment=environment(SETUP="never ends")) as it:
-            await line_of(lambda: "".join(capfd.readouterr()), "setting up")
-            it.running.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await it.running
-
-    run(test)
-
-
-def test_nothing_is_left_when_we_are_killed_ourselves() -> None:
-    program = (
-        "import asyncio, httpx\n"
-        "from pathlib import Path\n"
-        "from gateway.cog_process import CogProcess\n"
-        "async def main():\n"
-        "    async with httpx.AsyncClient(trust_env=False) as client:\n"
-        f"        cog = CogProcess(client, cwd=Path({str(SUPPORT)!r}))\n"
-        "        running = asyncio.create_task(cog.run())\n"
-        "        while cog.pid is None:\n"
-        "            await asyncio.sleep(0.01)\n"
-        "        print('group', cog.pid, flush=True)\n"
-        "        await running\n"
-        "asyncio.run(main())\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env=environment(SETUP="never ends"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as ours:
-        assert ours.stdout is not None
-        group = 0
-        for line in ours.stdout:
-            if line.startswith("group "):
-                group = int(line.split()[1])
-            if "setting up" in line:
-                break
-        before = processes_of_group(group)
-        ours.kill()
-    deadline = time.monotonic() + TIMEOUT_S
-    while processes_of_group(group) and time.monotonic() < deadline:
-        time.sleep(0.02)  # nobody is told when a grandchild ends
-
-    assert len(before) == 2
-    assert processes_of_group(group) == []
