@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 
@@ -21,3 +22,11 @@ def members_of_group(group: int) -> dict[int, str]:
 def processes_of_group(group: int) -> list[str]:
     """Their command lines alone."""
     return list(members_of_group(group).values())
+
+
+def left_of_group(group: int, seconds: float = 10.0) -> list[str]:
+    """Those that are still there after a while: whoever was killed takes a moment to be gone."""
+    deadline = time.monotonic() + seconds
+    while (left := processes_of_group(group)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left

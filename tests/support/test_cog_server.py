@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cog_server import CogServer, ServerDiedError, pytest_runtest_makereport
-from tests.support.process_groups import processes_of_group
+from tests.support.process_groups import left_of_group, processes_of_group
 
 HERE = Path(__file__).parent
 RUNNER = "runner_for_cog_server.py:Runner"
@@ -90,7 +90,7 @@ def test_nothing_is_left_when_the_block_ends(environment: dict[str, str]) -> Non
         running = processes_of_group(group)
 
     assert running
-    assert processes_of_group(group) == []
+    assert left_of_group(group) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -99,7 +99,7 @@ def test_nothing_is_left_when_the_server_was_killed() -> None:
         group = server.pid
         os.kill(server.pid, 9)
 
-    assert processes_of_group(group) == []
+    assert left_of_group(group) == []
 
 
 def test_a_failing_block_shows_the_server_s_last_lines(capsys: pytest.CaptureFixture[str]) -> None:
