@@ -90,9 +90,10 @@ def save(png: bytes, target: Path) -> Path:
 
 
 def _serve_until_stopped(cog: CogServer, console: Console) -> None:
-    console.say("\nServing until Ctrl-C. Try:\n")
-    console.say(tutorial.curl_command(cog.address))
     try:
+        # Inside: whoever reads this may press it at once.
+        console.say("\nServing until Ctrl-C. Try:\n")
+        console.say(tutorial.curl_command(cog.address))
         while cog.process.exit_code is None:
             time.sleep(_POLL_S)
     except Interruption:
