@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,13 +156,22 @@ def test_small_neighbours_of_a_tensor_that_is_let_go_stay_as_they_are(freed):
         assert (array == number + 1).all()
 
 
-@linux_only
-def test_letting_go_of_every_tensor_gives_all_of_the_memory_back():
+def take_and_let_go() -> tuple[int, int]:
+    """By how many bytes the process grew with three tensors, and by how many it stays larger without them."""
     before = resident_bytes()
     arrays = filled(40 * MIB, 40 * MIB, 40 * MIB)
-    assert resident_bytes() - before > 100 * MIB
+    taken = resident_bytes() - before
     arrays.clear()
-    assert resident_bytes() - before < 16 * MIB
+    return taken, resident_bytes() - before
+
+
+@linux_only
+def test_letting_go_of_every_tensor_gives_all_of_the_memory_back():
+    # In a process of its own: here, threads that earlier tests left behind allocate as they like.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        taken, kept = pool.submit(take_and_let_go).result()
+    assert taken > 100 * MIB
+    assert kept < 16 * MIB
 
 
 @linux_only
