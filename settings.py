@@ -1,4 +1,4 @@
-"""The environment: every variable this product reads, named once, typed and checked at start-up.
+"""The environment: every variable the rooms need, named once, typed and checked at start-up.
 
 The rooms take what they need from here and never ask the environment themselves. What a variable is for and an
 example stand beside its type, because the error a person sees when it is missing or malformed is made of them.
@@ -54,7 +54,8 @@ BucketName = Annotated[str, AfterValidator(check_bucket_name)]
 HttpUrl = Annotated[str, AfterValidator(http_url)]
 
 
-def _variable(name: str, purpose: str, example: str, **constraints: Any) -> Any:
+def variable(name: str, purpose: str, example: str, **constraints: Any) -> Any:
+    """A field that is read from the environment variable `name`; `purpose` continues "It is …" in errors."""
     return Field(
         validation_alias=name, description=purpose, examples=[f"{name}={example}"], **constraints
     )
@@ -65,29 +66,29 @@ class StorageSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, extra="ignore")
 
-    access_key_id: Annotated[str, AfterValidator(without_spaces)] | None = _variable(
+    access_key_id: Annotated[str, AfterValidator(without_spaces)] | None = variable(
         "AWS_ACCESS_KEY_ID", "the access key ID of the keypair", "tid_…", default=None, repr=False
     )
     secret_access_key: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = (
-        _variable("AWS_SECRET_ACCESS_KEY", "the secret half of the keypair", "tsec_…", default=None)
+        variable("AWS_SECRET_ACCESS_KEY", "the secret half of the keypair", "tsec_…", default=None)
     )
-    session_token: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = _variable(
+    session_token: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = variable(
         "AWS_SESSION_TOKEN", "the token of temporary AWS credentials", "IQoJ…", default=None
     )
-    endpoint_url: HttpUrl | None = _variable(
+    endpoint_url: HttpUrl | None = variable(
         "AWS_ENDPOINT_URL_S3",
         "the S3 server; leave it out for AWS itself",
         "https://t3.storage.dev",
         default=None,
     )
-    region: str | None = _variable(
+    region: str | None = variable(
         "AWS_REGION",
         "the buckets' region; `auto` for Tigris",
         "auto",
         default=None,
         pattern=r"^[a-z0-9-]+$",
     )
-    addressing_style: Literal["auto", "path", "virtual"] = _variable(
+    addressing_style: Literal["auto", "path", "virtual"] = variable(
         "S3_ADDRESSING_STYLE",
         "bucket in the path or in the host name; `auto` is path with an endpoint, virtual on AWS",
         "path",
@@ -127,7 +128,7 @@ class StorageSettings(BaseModel):
 class SourceSettings(StorageSettings):
     """What scripts/prepare_model.py needs: the bucket it publishes to, and the one that a model may come from."""
 
-    source_access_key_id: Annotated[str, AfterValidator(without_spaces)] | None = _variable(
+    source_access_key_id: Annotated[str, AfterValidator(without_spaces)] | None = variable(
         "SOURCE_AWS_ACCESS_KEY_ID",
         "the access key ID of a keypair that may list and read the source bucket",
         "AKIA…",
@@ -135,22 +136,22 @@ class SourceSettings(StorageSettings):
         repr=False,
     )
     source_secret_access_key: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = (
-        _variable(
+        variable(
             "SOURCE_AWS_SECRET_ACCESS_KEY", "the secret half of that keypair", "wJal…", default=None
         )
     )
     source_session_token: Annotated[SecretStr, AfterValidator(secret_without_spaces)] | None = (
-        _variable(
+        variable(
             "SOURCE_AWS_SESSION_TOKEN", "the token of temporary credentials", "IQoJ…", default=None
         )
     )
-    source_endpoint_url: HttpUrl | None = _variable(
+    source_endpoint_url: HttpUrl | None = variable(
         "SOURCE_AWS_ENDPOINT_URL_S3",
         "the S3 server of the source bucket, where it is another one",
         "https://s3.us-east-1.amazonaws.com",
         default=None,
     )
-    source_region: str | None = _variable(
+    source_region: str | None = variable(
         "SOURCE_AWS_REGION",
         "the source bucket's region",
         "us-east-1",
@@ -158,14 +159,14 @@ class SourceSettings(StorageSettings):
         pattern=r"^[a-z0-9-]+$",
     )
 
-    google_credentials: Annotated[Path, AfterValidator(absolute_path)] | None = _variable(
+    google_credentials: Annotated[Path, AfterValidator(absolute_path)] | None = variable(
         "GOOGLE_APPLICATION_CREDENTIALS",
         "the key file of a service account that may read a gs:// source",
         "/home/me/service_account.json",
         default=None,
     )
     gcs_endpoint: Annotated[str, BeforeValidator(with_scheme), AfterValidator(http_url)] = (
-        _variable(
+        variable(
             "STORAGE_EMULATOR_HOST",
             "a server that stands in for Google Cloud Storage",
             "http://localhost:9023",
@@ -226,7 +227,7 @@ class SourceSettings(StorageSettings):
 class CommandSettings(StorageSettings):
     """What `python -m weights` needs: the storage, and the bucket unless the command line names one."""
 
-    model_bucket: BucketName | None = _variable(
+    model_bucket: BucketName | None = variable(
         "MODEL_BUCKET_NAME",
         "the private bucket that holds the models",
         "model-storage",
@@ -237,13 +238,13 @@ class CommandSettings(StorageSettings):
 class RunnerSettings(StorageSettings):
     """What the serving container needs beside the storage: which model, where images go, on which device."""
 
-    model_paths: Annotated[tuple[str, ...], BeforeValidator(split_model_paths)] = _variable(
+    model_paths: Annotated[tuple[str, ...], BeforeValidator(split_model_paths)] = variable(
         "MODEL_PATH",
         "the model's folder in the bucket, as published by scripts/prepare_model.py; or several of one architecture, "
         "separated by commas",
         "ByteDance/SDXL-Lightning",
     )
-    model_folder: Annotated[Path, AfterValidator(absolute_path)] | None = _variable(
+    model_folder: Annotated[Path, AfterValidator(absolute_path)] | None = variable(
         "MODEL_FOLDER",
         "a folder that `python -m weights pull` has left the model in, to be read instead of the bucket",
         "/src/model",
@@ -251,27 +252,27 @@ class RunnerSettings(StorageSettings):
             BAKED_FOLDER if (BAKED_FOLDER / "manifest.json").is_file() else None
         ),
     )
-    model_bucket: BucketName | None = _variable(
+    model_bucket: BucketName | None = variable(
         "MODEL_BUCKET_NAME",
         "the private bucket that holds the models",
         "model-storage",
         default=None,
         validate_default=True,
     )
-    image_bucket: BucketName = _variable(
+    image_bucket: BucketName = variable(
         "PUBLIC_BUCKET_NAME", "the bucket that receives the generated images", "generated-images"
     )
-    model_version: str | None = _variable(
+    model_version: str | None = variable(
         "MODEL_VERSION",
         "pins one published version; without it, the one latest.json names",
         "0f3c… (32 hexadecimal digits; `python -m weights ls MODEL_PATH` lists them)",
         default=None,
         pattern=r"^[0-9a-f]{32}$",
     )
-    image_prefix: Annotated[str, AfterValidator(key_prefix)] = _variable(
+    image_prefix: Annotated[str, AfterValidator(key_prefix)] = variable(
         "IMAGE_PREFIX", "a folder in the image bucket to put images under", "sdxl", default=""
     )
-    image_url_lifetime: int = _variable(
+    image_url_lifetime: int = variable(
         "IMAGE_URL_LIFETIME",
         "seconds for which a returned image URL works (AWS allows 7 days, Tigris 90)",
         "3600",
@@ -279,41 +280,41 @@ class RunnerSettings(StorageSettings):
         ge=1,
         le=TIGRIS_LONGEST_URL_LIFETIME,
     )
-    public_base_url: HttpUrl | None = _variable(
+    public_base_url: HttpUrl | None = variable(
         "PUBLIC_BASE_URL",
         "set it when the image bucket is public: URLs are then this plus the key, unsigned",
         "https://images.example.com",
         default=None,
     )
-    device: Literal["auto", "cuda", "cpu"] = _variable(
+    device: Literal["auto", "cuda", "cpu"] = variable(
         "DEVICE", "where to run; `auto` is cuda when there is a card", "cuda", default="auto"
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _variable(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = variable(
         "DTYPE",
         "the arithmetic; `auto` is bfloat16 or float16 by what the card can do, float32 on CPU",
         "float16",
         default="auto",
     )
-    float8: Literal["off", "on"] = _variable(
+    float8: Literal["off", "on"] = variable(
         "FLOAT8",
         "8-bit floats for the large layers, where the card computes them and the images bear it",
         "on",
         default="off",
     )
-    compile_mode: Literal["auto", "on", "off"] = _variable(
+    compile_mode: Literal["auto", "on", "off"] = variable(
         "COMPILE",
         "compiled code: `auto` where it is published for exactly this kind of card, `on` also where it has to be "
         "compiled at the start, `off` never",
         "off",
         default="auto",
     )
-    compiled_sha256: Annotated[tuple[str, ...], BeforeValidator(digests)] | None = _variable(
+    compiled_sha256: Annotated[tuple[str, ...], BeforeValidator(digests)] | None = variable(
         "COMPILED_SHA256",
         "the only compiled code to be run, by the SHA-256 that scripts/compile_model.py printed; several with commas",
         "9f86d081…",
         default=None,
     )
-    batch_size: int | None = _variable(
+    batch_size: int | None = variable(
         "BATCH_SIZE",
         "how many images share the denoiser's passes; by default 8 on a CPU and 1 on a card, whose kernels would give "
         "an image other last bits in company",
@@ -322,7 +323,7 @@ class RunnerSettings(StorageSettings):
         ge=1,
         le=64,
     )
-    batch_wait_ms: float = _variable(
+    batch_wait_ms: float = variable(
         "BATCH_WAIT_MS",
         "milliseconds that a request waits for others to share its passes when the device is free",
         "10",
@@ -330,7 +331,7 @@ class RunnerSettings(StorageSettings):
         ge=0,
         le=60_000,
     )
-    read_connections: int | None = _variable(
+    read_connections: int | None = variable(
         "MODEL_READ_CONNECTIONS",
         "pins how many connections read weights at once; without it, as many as pay",
         "16",
@@ -338,13 +339,13 @@ class RunnerSettings(StorageSettings):
         ge=1,
         le=256,
     )
-    reader: Literal["auto", "thread", "process"] = _variable(
+    reader: Literal["auto", "thread", "process"] = variable(
         "MODEL_READER",
         "where weights are read: in threads of the server, in a process beside it, or where it is fastest",
         "process",
         default="auto",
     )
-    ring_mib: int = _variable(
+    ring_mib: int = variable(
         "MODEL_RING_MIB",
         "MiB of pinned host memory that weights pass through on their way to a card",
         "512",
@@ -352,27 +353,27 @@ class RunnerSettings(StorageSettings):
         ge=32,
         le=65536,
     )
-    cache_folder: Annotated[Path, AfterValidator(absolute_path)] | None = _variable(
+    cache_folder: Annotated[Path, AfterValidator(absolute_path)] | None = variable(
         "MODEL_CACHE_DIR",
         "a folder on this machine's own disk that keeps weights for the next start, shared by all replicas here",
         "/var/cache/models",
         default=None,
     )
-    cache_gb: float | None = _variable(
+    cache_gb: float | None = variable(
         "MODEL_CACHE_GB",
         "how many GB the cache may take; the files used least recently make room",
         "100",
         default=None,
         gt=0,
     )
-    refresh_seconds: float | None = _variable(
+    refresh_seconds: float | None = variable(
         "MODEL_REFRESH_SECONDS",
         "how often to ask whether another version was published, and to serve it from then on",
         "60",
         default=None,
         ge=1,
     )
-    cold_start_folder: Annotated[Path, AfterValidator(absolute_path)] | None = _variable(
+    cold_start_folder: Annotated[Path, AfterValidator(absolute_path)] | None = variable(
         "COLD_START_DIR",
         "a folder to leave the timeline of the start in, as cold-start.json and cold-start.svg",
         "/var/log/cold-start",
@@ -438,25 +439,26 @@ SettingsType = TypeVar("SettingsType", bound=StorageSettings)
 
 def load_storage_settings(environ: Mapping[str, str] | None = None) -> StorageSettings:
     """The storage part alone. Raises SettingsError."""
-    return _load(StorageSettings, os.environ if environ is None else environ)
+    return load(StorageSettings, os.environ if environ is None else environ)
 
 
 def load_source_settings(environ: Mapping[str, str] | None = None) -> SourceSettings:
     """The storage to publish to, and the bucket a model may come from. Raises SettingsError."""
-    return _load(SourceSettings, os.environ if environ is None else environ)
+    return load(SourceSettings, os.environ if environ is None else environ)
 
 
 def load_command_settings(environ: Mapping[str, str] | None = None) -> CommandSettings:
     """The storage and the models' bucket, for command lines. Raises SettingsError."""
-    return _load(CommandSettings, os.environ if environ is None else environ)
+    return load(CommandSettings, os.environ if environ is None else environ)
 
 
 def load_runner_settings(environ: Mapping[str, str] | None = None) -> RunnerSettings:
     """Everything the serving container needs. Raises SettingsError, naming all that is wrong at once."""
-    return _load(RunnerSettings, os.environ if environ is None else environ)
+    return load(RunnerSettings, os.environ if environ is None else environ)
 
 
-def _load(kind: type[SettingsType], environ: Mapping[str, str]) -> SettingsType:
+def load(kind: type[SettingsType], environ: Mapping[str, str]) -> SettingsType:
+    """The settings of a kind. Raises SettingsError, naming all that is wrong at once and no value."""
     values = {
         name: environ[name]
         for field in kind.model_fields.values()

@@ -88,6 +88,12 @@ class PredictionRecord(_Document):
     """How often it was claimed: more than once when a replica died over it."""
     lease_seconds: float = Field(0, ge=0, allow_inf_nan=False)
     """How long after the record was last written others take its owner to be alive."""
+    background: bool = False
+    """It goes on without its caller, so whoever takes it over generates it. Otherwise nobody waits for it any more."""
+    cancel_requested: bool = False
+    """Somebody wants it canceled who is not its owner; the owner sees it when it renews its lease."""
+    may_run_again: bool = False
+    """It ended undone for no fault of its own (its caller left, its server stopped): asked for again, it is generated."""
 
     @classmethod
     def of(
@@ -97,6 +103,7 @@ class PredictionRecord(_Document):
         *,
         created_at: datetime,
         webhook: Webhook | None = None,
+        background: bool = False,
     ) -> PredictionRecord:
         """A prediction nobody has claimed. Raises RecordError for what cannot be kept."""
         try:
@@ -106,6 +113,7 @@ class PredictionRecord(_Document):
                 input_sha256=input_digest(input),
                 created_at=created_at,
                 webhook=webhook,
+                background=background,
             )
         except (ValueError, TypeError, RecursionError) as error:
             raise RecordError(f"the prediction cannot be recorded: {_problem(error)}") from None

@@ -112,7 +112,8 @@ class RecordStore:
     def claim(
         self, record: PredictionRecord, lease_seconds: float = LEASE_SECONDS
     ) -> Claimed | Existing:
-        """Make the prediction the caller's if it is nobody's, or of somebody who was not heard of for too long.
+        """Make the prediction the caller's if it is nobody's, of somebody who was not heard of for too long, or one that
+        `may_run_again`.
 
         Exactly one of many wins. What is taken over keeps its time of creation, and takes the new webhook if there is
         one; with another input than the recorded one it is not taken over.
@@ -128,7 +129,7 @@ class RecordStore:
             if stored.record.claim == mine.claim:  # the answer was lost, and the client asked again
                 return Claimed(stored.record, stored.etag)
             same_input = stored.record.input_sha256 == record.input_sha256
-            if not (stored.abandoned and same_input):
+            if not (same_input and (stored.abandoned or stored.record.may_run_again)):
                 return Existing(stored, same_input)
             mine = self._claimed_by_me(stored.record, lease_seconds, record)
             try:
@@ -162,8 +163,9 @@ class RecordStore:
         error: str | None = None,
         metrics: Mapping[str, JsonValue] | None = None,
         completed_at: datetime | None = None,
+        may_run_again: bool = False,
     ) -> PredictionRecord:
-        """Record what came of it, for good: no later call changes it.
+        """Record what came of it, for good: no later call changes it, unless it `may_run_again` and is claimed anew.
 
         Raises LostLeaseError when another has taken the prediction over, or it is finished: what is recorded counts,
         and what the caller has is to be thrown away.
@@ -175,8 +177,24 @@ class RecordStore:
             "error": None if error is None else error.encode(errors="replace").decode(),
             "metrics": {**claimed.record.metrics, **(metrics or {})},
             "completed_at": completed_at or datetime.now(UTC),
+            "may_run_again": may_run_again,
         }
         return self._change(claimed, changes).record
+
+    def ask_to_cancel(self, prediction_id: str) -> bool:
+        """Leave word for whoever owns it; False where there is none, or it is finished. One GET and one PUT."""
+        key = self.key(prediction_id)
+        for _ in range(_ATTEMPTS):
+            stored = self.get(prediction_id)
+            if stored is None or stored.record.finished:
+                return False
+            try:
+                data = stored.record.changed(cancel_requested=True).dump()
+                self._documents.replace(key, data, stored.etag)
+            except ChangedError:
+                continue
+            return True
+        raise self._contended(key)
 
     def webhook_sent(self, prediction_id: str, sent_at: datetime | None = None) -> None:
         """Note that the caller was told of the end: all that changes in a finished record. One GET and one PUT.
@@ -258,6 +276,9 @@ class RecordStore:
             started_at=None,
             completed_at=None,
             webhook=asked.webhook or found.webhook,
+            background=asked.background or found.background,
+            cancel_requested=found.cancel_requested and not found.finished,
+            may_run_again=False,
         )
 
     def _change(self, claimed: Claimed, changes: dict[str, Any]) -> Claimed:

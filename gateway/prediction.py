@@ -1,0 +1,134 @@
+"""One prediction as this gateway has it: what is known of it now, and its events from the first on.
+
+It moves nothing by itself: a run (run.py) or whoever follows a record (desk.py) tells it what has happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+
+from gateway.cog_client import merge_metric
+from gateway.event_stream import Event
+from images.prediction import PredictionRecord
+
+# A chatty model may fill neither the memory here nor its record.
+LONGEST_LOGS = 256 * 1024  # characters
+ENDS = ("succeeded", "failed", "canceled")
+
+
+class Prediction:
+    """Made of a record; for one event loop."""
+
+    def __init__(self, record: PredictionRecord, *, source: str = "cog") -> None:
+        self.record = record
+        self.source = source
+        self.status: str = record.status
+        self.output: Any = record.output
+        self.error = record.error
+        self.logs = str((record.model_extra or {}).get("logs") or "")
+        self.metrics: dict[str, Any] = dict(record.metrics)
+        self.started_at = record.started_at
+        self.completed_at = record.completed_at
+        self.watchers = 0
+        self._events: list[Event] = []
+        self._changed = asyncio.Event()
+        self._ended = False
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def finished(self) -> bool:
+        """Nothing of it changes any more, and what there is to record is recorded."""
+        return self._ended
+
+    def answer(self) -> dict[str, Any]:
+        """What Cog answers of a prediction, and its times. Fields that have no value yet are left out, as Cog does."""
+        told: dict[str, Any] = {
+            "id": self.id,
+            "input": self.record.input,
+            "status": self.status,
+            "logs": self.logs,
+            "metrics": self.metrics,
+            "created_at": _iso(self.record.created_at),
+        }
+        for name, value in (
+            ("output", self.output),
+            ("error", self.error),
+            ("started_at", _iso(self.started_at)),
+            ("completed_at", _iso(self.completed_at)),
+        ):
+            if value is not None:
+                told[name] = value
+        return told
+
+    def hear(self, event: Event) -> None:
+        """Take in an event of Cog's and pass it on. `completed` is for `end`: it is told once it is recorded."""
+        match event.name:
+            case "start":
+                self.status = "processing"
+                self.started_at = datetime.now(UTC)
+            case "log":
+                self.logs = (self.logs + str(event.data.get("data", "")))[-LONGEST_LOGS:]
+            case "metric":
+                merge_metric(self.metrics, event.data)
+        self._publish(event)
+
+    def finish(
+        self,
+        status: str,
+        *,
+        output: Any = None,
+        error: str | None = None,
+        metrics: dict[str, Any] | None = None,
+        logs: str | None = None,
+        completed_at: datetime | None = None,
+    ) -> None:
+        """Note what came of it; nobody is told before `end`."""
+        self.status, self.output, self.error = status, output, error
+        if metrics is not None:
+            self.metrics = metrics
+        if logs is not None:
+            self.logs = logs[-LONGEST_LOGS:]
+        self.completed_at = completed_at or datetime.now(UTC)
+
+    def begin_again(self) -> None:
+        """Forget what was made: its server died over it."""
+        self.status, self.output, self.error, self.logs = "starting", None, None, ""
+        self.metrics, self.started_at, self.completed_at = {}, None, None
+
+    def end(self) -> None:
+        """Tell everybody who waits. Safe to call again."""
+        if not self._ended:
+            self._ended = True
+            # The events before it carry pictures, and nobody who comes now needs them.
+            self._publish(Event("completed", self.answer()))
+
+    async def ended(self) -> None:
+        while not self._ended:
+            await self._changed.wait()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """From the first on, and then as they happen; ends after `completed`."""
+        told = 0
+        while True:
+            while told < len(self._events):
+                event = self._events[told]
+                told += 1
+                yield event
+            if self._ended:
+                return
+            await self._changed.wait()
+
+    def _publish(self, event: Event) -> None:
+        self._events.append(event)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat().replace("+00:00", "Z")
