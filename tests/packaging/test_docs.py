@@ -19,7 +19,9 @@ from tests.support.cog_server import CogServer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [path for folder in ("", "docs", "deploy/monitoring") for path in (ROOT / folder).glob("*.md")]
+)
 
 
 COUNTS_ITS_INPUTS = """
