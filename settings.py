@@ -165,13 +165,11 @@ class SourceSettings(StorageSettings):
         "/home/me/service_account.json",
         default=None,
     )
-    gcs_endpoint: Annotated[str, BeforeValidator(with_scheme), AfterValidator(http_url)] = (
-        variable(
-            "STORAGE_EMULATOR_HOST",
-            "a server that stands in for Google Cloud Storage",
-            "http://localhost:9023",
-            default="https://storage.googleapis.com",
-        )
+    gcs_endpoint: Annotated[str, BeforeValidator(with_scheme), AfterValidator(http_url)] = variable(
+        "STORAGE_EMULATOR_HOST",
+        "a server that stands in for Google Cloud Storage",
+        "http://localhost:9023",
+        default="https://storage.googleapis.com",
     )
 
     @model_validator(mode="after")

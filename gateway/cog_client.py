@@ -15,7 +15,7 @@ import httpx
 
 from gateway.event_stream import CONTENT_TYPE, Event, read_events
 from gateway.inputs import Inputs
-from gateway.refusals import Refused, wrong_input
+from gateway.refusals import wrong_input
 
 # What Cog 0.23 says of a prediction whose worker died under it.
 _WORKER_CRASHED = "Worker crashed"
@@ -132,7 +132,7 @@ def _text(answer: httpx.Response) -> str:
 
 
 def merge_metric(metrics: dict[str, Any], told: dict[str, Any]) -> None:
-    """Bring a `metric` event into `metrics`, as Cog itself does: a dotted name is a place inside, null takes it away."""
+    """Bring a `metric` event into `metrics`, as Cog does: a dotted name is a place inside, null takes it away."""
     name, value, mode = told.get("name"), told.get("value"), told.get("mode", "replace")
     if not isinstance(name, str) or not name:
         return

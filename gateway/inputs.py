@@ -1,7 +1,7 @@
 """Inputs against the schema that Cog's server serves, before anything is spent on them.
 
-With the library that Cog's server itself validates with, so both say the same in the same words; asked here first, since
-an id must not be claimed for an input that will be refused.
+With the library that Cog's server itself validates with, so both say the same in the same words; asked here first,
+since an id must not be claimed for an input that will be refused.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class Inputs:
                 [
                     told
                     for name in missing
-                    for told in problem(
-                        "Field required", "input", name, kind="value_error.missing"
-                    )
+                    for told in problem("Field required", "input", name, kind="value_error.missing")
                 ]
             )
         if self._validator is not None:

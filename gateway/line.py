@@ -27,7 +27,7 @@ class Place:
 class Line:
     """Hands out `slots` slots. A place is taken at once or not at all; its turn is then waited for.
 
-    For one event loop. Not a semaphore, since those who wait are counted, and whoever lost its server comes first again.
+    For one event loop. Not a semaphore, since those who wait are counted and the slots' use is timed.
     """
 
     def __init__(self, slots: int, size: int) -> None:
@@ -44,6 +44,10 @@ class Line:
     @property
     def running(self) -> int:
         return self.slots - self._free
+
+    @property
+    def is_full(self) -> bool:
+        return not self._free and len(self._waiting) >= self.size
 
     @property
     def advice_s(self) -> float:

@@ -12,30 +12,38 @@ from typing import Any
 
 from gateway.cog_client import merge_metric
 from gateway.event_stream import Event
+from gateway.refusals import Refused
 from images.prediction import PredictionRecord
 
 # A chatty model may fill neither the memory here nor its record.
 LONGEST_LOGS = 256 * 1024  # characters
-ENDS = ("succeeded", "failed", "canceled")
 
 
 class Prediction:
     """Made of a record; for one event loop."""
 
     def __init__(self, record: PredictionRecord, *, source: str = "cog") -> None:
-        self.record = record
         self.source = source
-        self.status: str = record.status
-        self.output: Any = record.output
-        self.error = record.error
-        self.logs = str((record.model_extra or {}).get("logs") or "")
-        self.metrics: dict[str, Any] = dict(record.metrics)
-        self.started_at = record.started_at
-        self.completed_at = record.completed_at
+        self.background = record.background
+        """It goes on when nobody waits for it."""
         self.watchers = 0
+        self.refusal: Refused | None = None
+        """What its callers get in place of its answer."""
+        self.take(record)
         self._events: list[Event] = []
         self._changed = asyncio.Event()
         self._ended = False
+
+    def take(self, record: PredictionRecord) -> None:
+        """Be what a record says."""
+        self.record = record
+        self.status: str = record.status
+        self.output: Any = record.output
+        self.error = record.error
+        self.logs = record.logs
+        self.metrics: dict[str, Any] = dict(record.metrics)
+        self.started_at = record.started_at
+        self.completed_at = record.completed_at
 
     @property
     def id(self) -> str:
@@ -56,15 +64,13 @@ class Prediction:
             "metrics": self.metrics,
             "created_at": _iso(self.record.created_at),
         }
-        for name, value in (
-            ("output", self.output),
-            ("error", self.error),
-            ("started_at", _iso(self.started_at)),
-            ("completed_at", _iso(self.completed_at)),
-        ):
-            if value is not None:
-                told[name] = value
-        return told
+        known = {
+            "output": self.output,
+            "error": self.error,
+            "started_at": _iso(self.started_at),
+            "completed_at": _iso(self.completed_at),
+        }
+        return told | {name: value for name, value in known.items() if value is not None}
 
     def hear(self, event: Event) -> None:
         """Take in an event of Cog's and pass it on. `completed` is for `end`: it is told once it is recorded."""
@@ -76,6 +82,8 @@ class Prediction:
                 self.logs = (self.logs + str(event.data.get("data", "")))[-LONGEST_LOGS:]
             case "metric":
                 merge_metric(self.metrics, event.data)
+            case "output":
+                self.output = [*(self.output or []), event.data.get("chunk")]
         self._publish(event)
 
     def finish(
@@ -105,7 +113,6 @@ class Prediction:
         """Tell everybody who waits. Safe to call again."""
         if not self._ended:
             self._ended = True
-            # The events before it carry pictures, and nobody who comes now needs them.
             self._publish(Event("completed", self.answer()))
 
     async def ended(self) -> None:

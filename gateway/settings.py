@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, SecretStr, mod
 from gateway.addresses import Allowed, parse_allowed
 from gateway.keys import Keys, parse_keys
 from gateway.rates import Rate
+from gateway.webhooks import check_auth_token, check_secret
 from settings import RunnerSettings, load, variable
 
 MEBIBYTE = 1024 * 1024
@@ -61,9 +62,13 @@ def _origins(value: object) -> object:
 Switch = Annotated[bool, BeforeValidator(_yes)]
 
 
-def _no_line_breaks(value: SecretStr) -> SecretStr:
-    if any(ord(character) < 33 for character in value.get_secret_value()):
-        raise ValueError("must not contain spaces or line breaks")
+def _signing_secret(value: SecretStr) -> SecretStr:
+    check_secret(value.get_secret_value())
+    return value
+
+
+def _auth_token(value: SecretStr) -> SecretStr:
+    check_auth_token(value.get_secret_value())
     return value
 
 
@@ -147,7 +152,13 @@ class GatewaySettings(RunnerSettings):
         "https://app.example.com",
         default=(),
     )
-    webhook_auth_token: Annotated[SecretStr, AfterValidator(_no_line_breaks)] | None = variable(
+    webhook_signing_secret: Annotated[SecretStr, AfterValidator(_signing_secret)] | None = variable(
+        "WEBHOOK_SIGNING_SECRET",
+        "what webhooks are signed with, as Standard Webhooks has it",
+        "whsec_…",
+        default=None,
+    )
+    webhook_auth_token: Annotated[SecretStr, AfterValidator(_auth_token)] | None = variable(
         "WEBHOOK_AUTH_TOKEN",
         "a bearer token that webhooks carry, as Cog's do",
         "whatever-the-receiver-knows",

@@ -77,6 +77,7 @@ class PredictionRecord(_Document):
     output: JsonValue = None
     error: str | None = None
     metrics: dict[str, JsonValue] = {}
+    logs: str = ""
     created_at: Moment
     started_at: Moment | None = None
     completed_at: Moment | None = None
@@ -93,7 +94,7 @@ class PredictionRecord(_Document):
     cancel_requested: bool = False
     """Somebody wants it canceled who is not its owner; the owner sees it when it renews its lease."""
     may_run_again: bool = False
-    """It ended undone for no fault of its own (its caller left, its server stopped): asked for again, it is generated."""
+    """It ended undone for no fault of its own (its caller left, its server stopped): the next who asks generates it."""
 
     @classmethod
     def of(

@@ -112,8 +112,8 @@ class RecordStore:
     def claim(
         self, record: PredictionRecord, lease_seconds: float = LEASE_SECONDS
     ) -> Claimed | Existing:
-        """Make the prediction the caller's if it is nobody's, of somebody who was not heard of for too long, or one that
-        `may_run_again`.
+        """Make the prediction the caller's if it is nobody's, of somebody who was not heard of for too long, or may run
+        again.
 
         Exactly one of many wins. What is taken over keeps its time of creation, and takes the new webhook if there is
         one; with another input than the recorded one it is not taken over.
@@ -162,6 +162,8 @@ class RecordStore:
         output: JsonValue = None,
         error: str | None = None,
         metrics: Mapping[str, JsonValue] | None = None,
+        logs: str = "",
+        started_at: datetime | None = None,
         completed_at: datetime | None = None,
         may_run_again: bool = False,
     ) -> PredictionRecord:
@@ -173,8 +175,10 @@ class RecordStore:
         changes: dict[str, Any] = {
             "status": status,
             "output": output,
-            # It may quote what a caller sent, half a character included, and has to be told all the same.
-            "error": None if error is None else error.encode(errors="replace").decode(),
+            # They may quote what a caller sent, half a character included, and have to be told all the same.
+            "error": None if error is None else _whole(error),
+            "logs": _whole(logs),
+            "started_at": started_at or claimed.record.started_at,
             "metrics": {**claimed.record.metrics, **(metrics or {})},
             "completed_at": completed_at or datetime.now(UTC),
             "may_run_again": may_run_again,
@@ -273,6 +277,7 @@ class RecordStore:
             output=None,
             error=None,
             metrics={},
+            logs="",
             started_at=None,
             completed_at=None,
             webhook=asked.webhook or found.webhook,
@@ -315,3 +320,7 @@ class RecordStore:
         return RecordError(
             f"cannot write {self._documents.url(key)}: others keep changing it. Try again"
         )
+
+
+def _whole(text: str) -> str:
+    return text.encode(errors="replace").decode()

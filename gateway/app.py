@@ -1,0 +1,175 @@
+"""The gateway's HTTP application: which routes there are, and what stands before all of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gateway.addresses import Guard
+from gateway.bodies import BodyLimits
+from gateway.callers import Callers
+from gateway.cog_api import cog_router
+from gateway.desk import Desk
+from gateway.documents import Documents
+from gateway.refusals import Refused
+from gateway.settings import GatewaySettings
+from gateway.state import ColdStartFile, state_router
+
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+)
+_EXPOSED = ["Retry-After", "WWW-Authenticate", "Location"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the routes speak for; made in `__main__`."""
+
+    settings: GatewaySettings
+    desk: Desk
+    cold_start: ColdStartFile
+    guard: Guard
+
+
+def build(parts: Parts) -> Any:
+    """The ASGI application."""
+    settings, desk = parts.settings, parts.desk
+    callers = Callers(settings.keys, settings.rate, desk.metrics)
+    app = FastAPI(title="Lightning in a Bucket", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(Refused, _refused)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _plain)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _unexpected)
+    app.include_router(state_router(desk, callers, parts.cold_start, settings.model_path))
+    app.include_router(Documents(app, desk).router())
+    app.include_router(_metrics_router(desk, callers, parts))
+    app.include_router(cog_router(desk, callers, parts.guard))
+
+    outermost: Any = BodyLimits(
+        app, most_bytes=settings.most_body_bytes, seconds=settings.body_seconds
+    )
+    if settings.cors_origins:
+        outermost = CORSMiddleware(
+            outermost,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["Authorization", "Content-Type", "Prefer"],
+            expose_headers=_EXPOSED,
+        )
+    return Observed(outermost, app, desk)
+
+
+class Observed:
+    """The outermost layer: counts, traces, and puts the security headers on every answer."""
+
+    def __init__(self, app: Any, inner: FastAPI, desk: Desk) -> None:
+        self._app = app
+        self.state = inner.state
+        self._desk = desk
+
+    async def __call__(
+        self,
+        scope: dict[str, Any],
+        receive: Callable[[], Awaitable[Any]],
+        send: Callable[[Any], Awaitable[None]],
+    ) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = HTTPStatus.INTERNAL_SERVER_ERROR.value
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+
+        async def send_with_headers(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                present = {name.lower() for name, _ in message["headers"]}
+                message["headers"] = [
+                    *message["headers"],
+                    *(header for header in SECURITY_HEADERS if header[0] not in present),
+                ]
+            await send(message)
+
+        with self._desk.tracing.request(scope["method"], headers) as span:
+            try:
+                await self._app(scope, receive, send_with_headers)
+            finally:
+                route = getattr(scope.get("route"), "path", "")
+                span.answered(route, status)
+                self._desk.metrics.http(
+                    scope["method"], route, status, time.perf_counter() - started
+                )
+
+
+def _metrics_router(desk: Desk, callers: Callers, parts: Parts) -> APIRouter:
+    needs = [] if parts.settings.metrics_without_key else [Depends(callers.enter)]
+    router = APIRouter(dependencies=needs)
+
+    @router.get("/metrics", summary="What is counted, for Prometheus")
+    async def metrics(request: Request) -> Response:
+        desk.metrics.cold_start(parts.cold_start.read())
+        body, content_type = desk.metrics.exposition(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    return router
+
+
+def image_origins(settings: GatewaySettings) -> list[str]:
+    """Where a browser gets the images from."""
+    if settings.public_base_url:
+        return [_origin(settings.public_base_url)]
+    if settings.endpoint_url:
+        parts = urlsplit(settings.endpoint_url)
+        return [
+            _origin(settings.endpoint_url),
+            f"{parts.scheme}://{settings.image_bucket}.{parts.netloc}",
+        ]
+    return ["https://*.amazonaws.com"]
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+async def _refused(_: Request, refused: Refused) -> JSONResponse:
+    return JSONResponse({"detail": refused.detail}, refused.status, headers=refused.headers)
+
+
+async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    """A query or a path; without what was sent, which nobody needs back."""
+    detail = [
+        {"loc": list(one["loc"]), "msg": one["msg"], "type": one["type"]} for one in error.errors()
+    ]
+    return JSONResponse({"detail": detail}, HTTPStatus.UNPROCESSABLE_ENTITY)
+
+
+async def _plain(_: Request, error: HTTPException) -> JSONResponse:
+    return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _unexpected(_: Request, error: Exception) -> JSONResponse:
+    _log.error("unexpected error", exc_info=error)
+    return JSONResponse(
+        {"detail": "the server made a mistake; its log says which"},
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+    )

@@ -1,0 +1,66 @@
+"""Who asks, and whether they may: keys and rates, as dependencies of the routes."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from fastapi import Request
+
+from gateway.keys import KeyName, Keys
+from gateway.metrics import Metrics
+from gateway.rates import Rate, RateLimits, network_of
+from gateway.refusals import Refused
+
+
+class Callers:
+    """Knows the keys. Without any, everybody may come in, and is counted by address."""
+
+    def __init__(self, keys: Keys, rate: Rate | None, metrics: Metrics) -> None:
+        self._keys = keys
+        self._rates = RateLimits(rate) if rate else None
+        self._metrics = metrics
+
+    @property
+    def need_key(self) -> bool:
+        return len(self._keys) > 0
+
+    def known(self, request: Request) -> KeyName | None:
+        """The name of the key that the request carries; None without one, or with a wrong one."""
+        return self._keys.find(request.headers.get("authorization"))
+
+    def may_see(self, request: Request) -> bool:
+        return not self.need_key or self.known(request) is not None
+
+    async def enter(self, request: Request) -> KeyName | None:
+        """A dependency: the caller's name, None where no keys are needed. Raises Refused (401)."""
+        if not self.need_key:
+            return None
+        caller = self.known(request)
+        if caller is None:
+            self._metrics.refused("no_key")
+            given = request.headers.get("authorization")
+            raise Refused(
+                HTTPStatus.UNAUTHORIZED,
+                "this key is not known here"
+                if given
+                else "a key is needed: send it as `Authorization: Bearer KEY`",
+                reason="no_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return caller
+
+    async def spend(self, request: Request) -> KeyName | None:
+        """A dependency of what costs the card: `enter`, and a token of the caller's. Raises Refused (401, 429)."""
+        caller = await self.enter(request)
+        if self._rates is not None:
+            who = caller or network_of(request.client.host if request.client else "")
+            wait = self._rates.take(who)
+            if wait:
+                self._metrics.refused("rate_limit")
+                raise Refused(
+                    HTTPStatus.TOO_MANY_REQUESTS,
+                    "you have asked for more predictions than RATE_LIMIT_PER_MINUTE allows: wait, and ask again",
+                    reason="rate_limit",
+                    retry_after_s=wait,
+                )
+        return caller

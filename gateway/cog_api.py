@@ -1,0 +1,168 @@
+"""Cog's own HTTP interface, for clients that know it, and the two questions it has no answer to: what became of a
+prediction, and which there are.
+
+Bodies and statuses are Cog's (0.23). What a prediction goes through is the desk's.
+"""
+
+import json
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from gateway.addresses import AddressRefused, Guard
+from gateway.callers import Callers
+from gateway.desk import Desk, Wanted
+from gateway.event_stream import asks_for_events
+from gateway.keys import KeyName
+from gateway.refusals import Refused, problem, wrong_input
+from gateway.waiting import stream, until_end
+from gateway.webhooks import WebhookEvent, check_reachable, check_url
+from images.prediction import Webhook
+
+MOST_LISTED = 100
+
+
+class PredictionRequest(BaseModel):
+    """The body of Cog's requests. Other fields are ignored, as Cog does."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input: dict[str, JsonValue] = {}
+    id: str | None = Field(None, min_length=1)
+    context: dict[str, JsonValue] | None = None
+    webhook: str | None = None
+    webhook_events_filter: list[WebhookEvent] | None = None
+
+
+async def read_json(request: Request) -> Any:
+    """The body. Raises Refused: 415 for what is not said to be JSON, 400 for what is none."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
+        raise Refused(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "the body must be JSON: send it with `Content-Type: application/json`",
+            reason="input",
+        )
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise Refused(
+            HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}"[:300], reason="input"
+        ) from None
+
+
+async def read_prediction(request: Request) -> PredictionRequest:
+    """Raises Refused (400, 415, 422)."""
+    body = await read_json(request)
+    try:
+        return PredictionRequest.model_validate(body)
+    except ValidationError as error:
+        raise wrong_input(
+            [
+                {"loc": ["body", *detail["loc"]], "msg": detail["msg"], "type": detail["type"]}
+                for detail in error.errors(include_input=False, include_url=False)
+            ]
+        ) from None
+
+
+async def webhook_of(asked: PredictionRequest, guard: Guard) -> Webhook | None:
+    """Where to tell of it, if that may be told. Raises Refused (422)."""
+    if asked.webhook is None:
+        return None
+    try:
+        check_url(asked.webhook)
+        await check_reachable(guard, asked.webhook)
+        events = asked.webhook_events_filter
+        return Webhook(url=asked.webhook, events_filter=None if events is None else tuple(events))
+    except AddressRefused as error:
+        raise wrong_input(problem(str(error), "webhook")) from None
+    except ValueError as error:
+        raise wrong_input(problem(f"the webhook {error}", "webhook")) from None
+
+
+def prefers(request: Request) -> dict[str, str]:
+    """What `Prefer` asks for (RFC 7240): names in lower case, with what follows an equals sign."""
+    asked: dict[str, str] = {}
+    for header in request.headers.getlist("prefer"):
+        for part in header.replace(";", ",").split(","):
+            name, _, value = part.partition("=")
+            asked.setdefault(name.strip().lower(), value.strip().strip('"'))
+    return asked
+
+
+def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
+    """The routes."""
+    router = APIRouter()
+    spend = Depends(callers.spend)
+
+    async def predict(request: Request, caller: KeyName | None, given_id: str | None) -> Response:
+        asked = await read_prediction(request)
+        if given_id is not None and asked.id not in (None, given_id):
+            raise wrong_input(problem("prediction ID must match the ID supplied in the URL", "id"))
+        prediction_id = given_id or asked.id
+        background = "respond-async" in prefers(request)
+        running_before = prediction_id is not None and desk.has(prediction_id)
+        prediction = await desk.submit(
+            Wanted(
+                asked.input,
+                id=prediction_id,
+                webhook=await webhook_of(asked, guard),
+                background=background,
+                caller=caller,
+                context=dict(asked.context or {}),
+                source="page" if request.headers.get("x-requested-by") == "page" else "cog",
+            )
+        )
+        if asks_for_events(request.headers.get("accept")):
+            return stream(desk, prediction, request)
+        is_running = not prediction.finished
+        if is_running and (background or running_before or desk.is_elsewhere(prediction)):
+            return JSONResponse(prediction.answer(), HTTPStatus.ACCEPTED)
+        await until_end(desk, prediction, request)
+        return JSONResponse(prediction.answer())
+
+    @router.post("/predictions", summary="Make a prediction")
+    async def create(request: Request, caller: Annotated[KeyName | None, spend]) -> Response:
+        return await predict(request, caller, None)
+
+    @router.put("/predictions/{prediction_id:path}", summary="Make a prediction of this id, once")
+    async def create_once(
+        request: Request, caller: Annotated[KeyName | None, spend], prediction_id: str
+    ) -> Response:
+        return await predict(request, caller, prediction_id)
+
+    @router.post(
+        "/predictions/{prediction_id:path}/cancel",
+        summary="Cancel a prediction",
+        dependencies=[Depends(callers.enter)],
+    )
+    async def cancel(prediction_id: str) -> Response:
+        found = await desk.cancel(prediction_id)
+        return JSONResponse({}, HTTPStatus.OK if found else HTTPStatus.NOT_FOUND)
+
+    @router.get(
+        "/predictions", summary="Predictions, newest first", dependencies=[Depends(callers.enter)]
+    )
+    async def recent(
+        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20, before: str | None = None
+    ) -> Response:
+        answers, more = await desk.recent(limit, before)
+        return JSONResponse({"predictions": answers, "before": more})
+
+    @router.get(
+        "/predictions/{prediction_id:path}",
+        summary="What became of a prediction",
+        dependencies=[Depends(callers.enter)],
+    )
+    async def get(prediction_id: str) -> Response:
+        answer = await desk.get(prediction_id)
+        if answer is None:
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no prediction of this id", reason="input")
+        return JSONResponse(answer)
+
+    return router

@@ -1,0 +1,476 @@
+"""One prediction's way from its claim to its record: claimed, in line, at Cog's server, recorded, told.
+
+Whatever ends it early (its caller, a person, time, this server's end, another replica) comes in by `leave`, and it
+still ends with a record that is true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing
+from enum import Enum, auto
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from gateway.cog_client import CogBusyError, CogLostError
+from gateway.cog_status import State
+from gateway.event_stream import Event
+from gateway.ledger import LEASE_S
+from gateway.line import LineFullError, Place
+from gateway.logs import bind_prediction
+from gateway.prediction import Prediction
+from gateway.refusals import Refused, problem, wrong_input
+from gateway.webhooks import WebhookEvent, due
+from images.errors import ImagesError, LostLeaseError
+from images.records import Claimed, Existing
+
+if TYPE_CHECKING:
+    from gateway.desk import Desk
+
+# A worker that dies three times over one prediction dies of it, as likely as not.
+MOST_LOST = 3
+RENEW_S = LEASE_S / 3
+LOOK_ELSEWHERE_S = 1.0
+LOGS_EVERY_S = 0.5  # as Cog does
+FIRST_BUSY_PAUSE_S = 0.02
+LONGEST_BUSY_PAUSE_S = 1.0
+RECORD_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
+
+_log = logging.getLogger(__name__)
+
+
+class Leaving(Enum):
+    """Why a prediction ends before it is done."""
+
+    ASKED = auto()
+    CALLER_LEFT = auto()
+    TOO_LONG = auto()
+    STOPPING = auto()
+    TAKEN_OVER = auto()
+    NO_CLAIM = auto()
+
+
+class _StoppedError(Exception):
+    """Cog's server will not come back."""
+
+
+class Run:
+    """What one task does; the desk begins it and everybody else may `leave` it.
+
+    Args:
+        is_new: its id was made here, so nobody else can have it: the claim is written beside the generation.
+        claimed: it was claimed already.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        prediction: Prediction,
+        place: Place,
+        *,
+        context: dict[str, Any] | None = None,
+        is_new: bool = False,
+        claimed: Claimed | None = None,
+    ) -> None:
+        self.prediction = prediction
+        self.is_elsewhere = False
+        self.has_begun = False
+        self.task: asyncio.Task[None]
+        self._desk = desk
+        self._place: Place | None = place
+        self._context = context or {}
+        self._is_new = is_new
+        self._claimed = claimed
+        self._claiming: asyncio.Task[Claimed | Existing] | None = None
+        self._leaving: Leaving | None = None
+        self._work: asyncio.Task[Any] | None = None
+        self._settled = asyncio.Event()
+        self._outputs = 0
+        self._logs_told_at = -LOGS_EVERY_S
+        now = asyncio.get_running_loop().time
+        self._now = now
+        self._asked_at = now()
+        self._begun_at: float | None = None
+
+    def begin(self) -> asyncio.Task[None]:
+        self.task = asyncio.create_task(self._run())
+        return self.task
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._leaving is not None
+
+    async def settled(self) -> None:
+        """Until it is known whose it is. Raises Refused."""
+        await self._settled.wait()
+        if self.prediction.refusal is not None:
+            raise self.prediction.refusal
+
+    def leave(self, why: Leaving) -> None:
+        """End it. The first reason counts."""
+        if self._leaving is None and not self.prediction.finished:
+            self._leaving = why
+            if self._work is not None:
+                self._work.cancel()
+
+    async def _run(self) -> None:
+        prediction = self.prediction
+        with bind_prediction(prediction.id):
+            try:
+                await self._through()
+            except Refused as refused:
+                prediction.refusal = refused
+            except ImagesError as error:
+                prediction.refusal = self._desk.bucket_refused(error)
+            except Exception:  # noqa: BLE001 - whoever waits is told, whatever it was
+                _log.exception("unexpected error")
+                prediction.finish("failed", error="the server made a mistake; its log says which")
+            finally:
+                self._leave_line()
+                self._settled.set()
+                prediction.end()
+
+    async def _through(self) -> None:
+        if self._claimed is None and not await self._claim():
+            return
+        self._settled.set()
+        entering = asyncio.create_task(self._enter())
+        keeping = asyncio.create_task(self._keep())
+        try:
+            refused = await self._work_through()
+            if self._claiming is not None:
+                self._claimed = self._owned(await self._claiming)
+            keeping.cancel()
+            await self._conclude(refused)
+            await entering
+        finally:
+            keeping.cancel()
+        self._measure()
+        self.prediction.end()
+        if self.prediction.refusal is None:
+            self._tell("completed")
+
+    # Whose it is.
+
+    async def _claim(self) -> bool:
+        """Whether it is this gateway's to generate; if not, the prediction is what the record says."""
+        record = self.prediction.record
+        claiming = asyncio.create_task(self._desk.ledger.claim(record))
+        if self._is_new and not self.prediction.background:
+            self._claiming = claiming
+            return True
+        found = await claiming
+        if isinstance(found, Existing):
+            following = self._work = asyncio.create_task(self._follow(found))
+            await asyncio.wait({following})
+            self._work = None
+            owned = None if following.cancelled() else following.result()
+            if owned is None:
+                return False
+            found = owned
+        self._claimed = found
+        if self.prediction.background:
+            # Whoever is answered "accepted" can count on it: a gateway that comes after this one has to find it.
+            await self._enter()
+        return True
+
+    async def _follow(self, found: Existing) -> Claimed | None:
+        """Until it is finished wherever it runs, or nobody's any more: then it is claimed."""
+        if not found.same_input:
+            raise wrong_input(
+                problem(
+                    "this id was used for another input: use a new one for each prediction", "id"
+                )
+            )
+        prediction, desk = self.prediction, self._desk
+        while True:
+            stored = found.stored
+            if stored.record.finished and not stored.record.may_run_again:
+                prediction.take(desk.ledger.with_fresh_urls(stored.record))
+                desk.metrics.replayed()
+                return None
+            self.is_elsewhere = True
+            self._leave_line()
+            prediction.take(stored.record)
+            self._settled.set()
+            await asyncio.sleep(LOOK_ELSEWHERE_S)
+            now = await desk.ledger.get(prediction.id)
+            if now is None or now.abandoned or now.record.may_run_again:
+                again = await self._claim_again()
+                if again is not None:
+                    return again
+            else:
+                found = Existing(now, same_input=True)
+
+    async def _claim_again(self) -> Claimed | None:
+        """Take over what another replica left; None while there is no place in line, or somebody was quicker."""
+        try:
+            place = self._desk.line.join()
+        except LineFullError:
+            return None
+        try:
+            found = await self._desk.ledger.claim(self.prediction.record)
+        except BaseException:
+            self._desk.line.leave(place)
+            raise
+        if not isinstance(found, Claimed):
+            self._desk.line.leave(place)
+            return None
+        self._place, self.is_elsewhere = place, False
+        self.prediction.begin_again()
+        return found
+
+    def _owned(self, found: Claimed | Existing) -> Claimed:
+        if isinstance(found, Claimed):
+            return found
+        raise wrong_input(
+            problem("this id was used before: use a new one for each prediction", "id")
+        )
+
+    async def _enter(self) -> None:
+        """Where the list, and a gateway that comes after this one, find it."""
+        try:
+            if self._claiming is not None:
+                self._owned(await asyncio.shield(self._claiming))
+            await self._desk.ledger.enter(self.prediction.record)
+        except (ImagesError, Refused) as error:
+            _log.warning("the prediction is not in the list of predictions: %s", error)
+
+    async def _keep(self) -> None:
+        """Renew the lease for as long as it lasts, and hear what others have left word of."""
+        try:
+            if self._claiming is not None:
+                self._claimed = self._owned(await asyncio.shield(self._claiming))
+        except (ImagesError, Refused):
+            self.leave(Leaving.NO_CLAIM)
+            return
+        while self._claimed is not None:
+            if self._claimed.record.cancel_requested:
+                self.leave(Leaving.ASKED)
+                return
+            await asyncio.sleep(RENEW_S)
+            status = "processing" if self.prediction.status == "processing" else "starting"
+            try:
+                self._claimed = await self._desk.ledger.renew(
+                    self._claimed, status=status, started_at=self.prediction.started_at
+                )
+            except LostLeaseError as error:
+                _log.warning("%s", error)
+                self.leave(Leaving.TAKEN_OVER)
+                return
+            except ImagesError as error:
+                _log.warning("the lease could not be renewed, which is tried again: %s", error)
+
+    # Its generation.
+
+    async def _work_through(self) -> Refused | None:
+        """Wait in line and generate, until that is done or left. A Refused is what Cog said of the input."""
+        if self._leaving is None:
+            work = self._work = asyncio.create_task(self._generate())
+            try:
+                done, _ = await asyncio.wait({work}, timeout=self._desk.prediction_seconds)
+                if not done:
+                    self.leave(Leaving.TOO_LONG)
+                    await asyncio.wait({work})
+            finally:
+                work.cancel()
+                self._leave_line()
+            if not work.cancelled() and (failure := work.exception()) is not None:
+                if isinstance(failure, Refused):
+                    return failure
+                if not isinstance(failure, _StoppedError):
+                    raise failure
+                self._leaving = Leaving.STOPPING
+        return None
+
+    async def _generate(self) -> None:
+        prediction, desk = self.prediction, self._desk
+        place = self._place
+        if place is None:
+            raise RuntimeError("it has no place in line")
+        lost, pause = 0, FIRST_BUSY_PAUSE_S
+        with desk.tracing.step("queue"):
+            await place.turn.wait()
+        async with desk.line.turn_of(place):
+            self.has_begun, self._begun_at = True, self._now()
+            while True:
+                await self._serving()
+                started = False
+                try:
+                    with desk.tracing.step("generation", outward=True) as span:
+                        events = desk.client.predict(
+                            prediction.id, prediction.record.input, self._context
+                        )
+                        async with aclosing(events) as stream:  # type: ignore[type-var]
+                            async for event in stream:
+                                if event.name == "completed":
+                                    self._completed(event)
+                                    span.generated(prediction.answer())
+                                    return
+                                started = True
+                                self._hear(event)
+                except CogBusyError:
+                    pass
+                except CogLostError as error:
+                    lost += started
+                    if lost >= MOST_LOST:
+                        prediction.finish(
+                            "failed",
+                            error=f"the model's process died {lost} times while it made this: the log says how",
+                        )
+                        return
+                    if started:
+                        _log.warning("%s: the prediction begins anew", error)
+                        prediction.begin_again()
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_BUSY_PAUSE_S)
+
+    async def _serving(self) -> None:
+        """Until Cog's server serves. Raises _StoppedError when it will not any more."""
+        status = self._desk.cog.status
+        while not status.serving:
+            if status.state is State.STOPPED:
+                raise _StoppedError
+            status = await self._desk.cog.wait_for_change(status)
+
+    def _hear(self, event: Event) -> None:
+        self.prediction.hear(event)
+        match event.name:
+            case "start":
+                self._tell("start")
+            case "output":
+                self._outputs += 1
+                self._tell("output", self._outputs)
+            case "log" if self._now() - self._logs_told_at >= LOGS_EVERY_S:
+                self._logs_told_at = self._now()
+                self._tell("logs", len(self.prediction.logs))
+
+    def _completed(self, event: Event) -> None:
+        told = event.data
+        status = told.get("status")
+        self.prediction.finish(
+            status if status in ("succeeded", "failed", "canceled") else "failed",
+            output=told.get("output"),
+            error=told.get("error"),
+            metrics=told.get("metrics") or {},
+            logs=told.get("logs"),
+        )
+
+    # What came of it.
+
+    async def _conclude(self, refused: Refused | None) -> None:
+        """Bring the prediction to its end, and into its record."""
+        prediction, desk = self.prediction, self._desk
+        again = False
+        match self._leaving:
+            case None:
+                pass
+            case _ if prediction.completed_at is not None:
+                pass  # it was done first
+            case Leaving.ASKED:
+                prediction.finish("canceled")
+            case Leaving.CALLER_LEFT:
+                prediction.finish("canceled", error="its caller left before it was finished")
+                again = True
+            case Leaving.TOO_LONG:
+                prediction.finish(
+                    "failed",
+                    error=f"it was not finished within {desk.prediction_seconds:g} s "
+                    "(PREDICTION_TIMEOUT_SECONDS), its wait in line included",
+                )
+                again = True
+            case Leaving.STOPPING:
+                prediction.refusal = Refused(
+                    HTTPStatus.SERVICE_UNAVAILABLE,
+                    "this server stopped before it was finished: ask again, with the same id",
+                    reason="draining",
+                    retry_after_s=1.0,
+                )
+                if prediction.background:
+                    await self._hand_back()
+                    return
+                prediction.finish("canceled", error="the server stopped before it was finished")
+                again = True
+            case Leaving.TAKEN_OVER | Leaving.NO_CLAIM:
+                await self._what_is_recorded()
+                return
+        if refused is not None:
+            prediction.refusal = refused
+            prediction.finish("failed", error=refused.args[0])
+        await self._record(may_run_again=again)
+
+    async def _record(self, *, may_run_again: bool) -> None:
+        prediction, claimed = self.prediction, self._claimed
+        if claimed is None:
+            raise RuntimeError("it is not claimed")
+        for pause in RECORD_PAUSES_S:
+            await asyncio.sleep(pause)
+            try:
+                with self._desk.tracing.step("record"):
+                    await self._desk.ledger.finish(
+                        claimed,
+                        prediction.status,
+                        output=prediction.output,
+                        error=prediction.error,
+                        metrics=prediction.metrics,
+                        logs=prediction.logs,
+                        started_at=prediction.started_at,
+                        completed_at=prediction.completed_at,
+                        may_run_again=may_run_again,
+                    )
+            except LostLeaseError as error:
+                _log.warning("%s", error)
+                await self._what_is_recorded()
+                return
+            except ImagesError as error:
+                problem_met = error
+            else:
+                return
+        # Its caller has waited for it, and gets it all the same.
+        _log.error("the result is not recorded, and would be made again: %s", problem_met)
+
+    async def _what_is_recorded(self) -> None:
+        """Another has it by now, and what it recorded counts."""
+        stored = await self._desk.ledger.get(self.prediction.id)
+        if stored is None:
+            self.prediction.finish("failed", error="its record was deleted while it was made")
+        elif stored.record.finished:
+            self.prediction.take(self._desk.ledger.with_fresh_urls(stored.record))
+        else:
+            self.prediction.refusal = Refused(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "another server has taken this prediction over: ask for it there, with GET or the same PUT",
+                reason="conflict",
+                retry_after_s=1.0,
+            )
+
+    async def _hand_back(self) -> None:
+        """To whichever gateway looks first: it need not wait for the lease's end."""
+        if self._claimed is not None:
+            try:
+                await self._desk.ledger.renew(self._claimed, lease_seconds=0.0, status="starting")
+            except ImagesError as error:
+                _log.warning("the prediction is taken over only when its lease is over: %s", error)
+
+    def _tell(self, event: WebhookEvent, number: int = 0) -> None:
+        webhook = self.prediction.record.webhook
+        if webhook is not None and due(webhook, event):
+            self._desk.in_background(
+                self._desk.send_webhook(webhook, event, self.prediction.answer(), number)
+            )
+
+    def _measure(self) -> None:
+        begun = self._begun_at if self._begun_at is not None else self._now()
+        if self.prediction.refusal is None:
+            self._desk.metrics.prediction(
+                self.prediction.answer(),
+                source=self.prediction.source,
+                waited_s=begun - self._asked_at,
+                ran_s=self._now() - begun,
+            )
+
+    def _leave_line(self) -> None:
+        if self._place is not None:
+            self._desk.line.leave(self._place)
+            self._place = None

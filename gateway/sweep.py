@@ -1,0 +1,114 @@
+"""Looks after what other gateways, and this one before its restart, have left: unfinished predictions, untold ends.
+
+Each replica does, and the bucket decides who takes what over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import UTC, datetime, timedelta
+
+from gateway.desk import Desk
+from gateway.line import LineFullError
+from images.errors import ImagesError
+from images.records import Claimed, Stored
+
+EVERY_S = 30.0
+HORIZON = timedelta(hours=24)
+PAGE = 100
+# At a start everything within the horizon is looked at, and later the newest.
+MOST_PAGES = 50
+# A prediction nobody waits for any more is not made; its caller may come back for it until then.
+NOBODY_CAME_S = 600.0
+# Whoever finished it is telling its caller at this moment, and goes on for some minutes; it says when it is done.
+WEBHOOK_LEFT_S = 90.0
+MOST_ATTEMPTS = 3
+
+_log = logging.getLogger(__name__)
+
+
+class Sweep:
+    """`run` in a task of its own, until it is cancelled."""
+
+    def __init__(self, desk: Desk, *, every_s: float = EVERY_S) -> None:
+        self._desk = desk
+        self._every_s = every_s
+        self._complained = False
+
+    async def run(self) -> None:
+        pages = MOST_PAGES
+        while True:
+            if await self._look(pages):
+                pages = 1
+            await asyncio.sleep(self._every_s)
+
+    async def _look(self, pages: int) -> bool:
+        """Whether all of it was looked at."""
+        before = None
+        try:
+            for _ in range(pages):
+                page = await self._desk.ledger.recent(PAGE, before)
+                for stored in page.stored:
+                    await self._look_at(stored)
+                before = page.before
+                oldest = page.stored[-1].record.created_at if page.stored else None
+                if before is None or (oldest and oldest < datetime.now(UTC) - HORIZON):
+                    break
+        except ImagesError as error:
+            if not self._complained:
+                _log.warning(
+                    "predictions that another gateway left are not looked for at the moment: %s",
+                    error,
+                )
+            self._complained = True
+            return False
+        self._complained = False
+        return True
+
+    async def _look_at(self, stored: Stored) -> None:
+        record = stored.record
+        if self._desk.has(record.id) or self._desk.draining:
+            return
+        if stored.abandoned:
+            if record.background:
+                await self._take_over(stored)
+            elif stored.age > record.lease_seconds + NOBODY_CAME_S:
+                await self._end(stored, "canceled", "its server ended before it was finished")
+        elif stored.webhook_due and stored.age > WEBHOOK_LEFT_S and record.webhook is not None:
+            self._desk.in_background(
+                self._desk.send_webhook(record.webhook, "completed", self._desk.answer_of(stored))
+            )
+
+    async def _take_over(self, stored: Stored) -> None:
+        record = stored.record
+        if record.attempts >= MOST_ATTEMPTS:
+            error = (
+                f"{record.attempts} servers ended before it was finished, so it is not tried again"
+            )
+            await self._end(stored, "failed", error)
+            return
+        if not self._desk.status.serving or self._desk.line.is_full:
+            return  # another may have room; if not, it is still there the next time
+        found = await self._desk.ledger.claim(record)
+        if isinstance(found, Claimed):
+            _log.info("prediction %s was left unfinished, and is made now", record.name)
+            try:
+                self._desk.adopt(found)
+            except LineFullError:
+                await self._desk.ledger.renew(found, lease_seconds=0.0)
+
+    async def _end(self, stored: Stored, status: str, error: str) -> None:
+        found = await self._desk.ledger.claim(stored.record)
+        if not isinstance(found, Claimed):
+            return
+        record = await self._desk.ledger.finish(found, status, error=error)
+        _log.warning("prediction %s ended: %s", record.name, error)
+        if record.webhook is not None and stored.record.webhook is not None:
+            again = await self._desk.ledger.get(record.id)
+            if again is not None and again.webhook_due:
+                self._desk.in_background(
+                    self._desk.send_webhook(
+                        record.webhook, "completed", self._desk.answer_of(again)
+                    )
+                )

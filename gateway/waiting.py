@@ -1,0 +1,74 @@
+"""How callers wait for a prediction: until its end, for a while, or event by event; and how they leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from gateway.desk import Desk
+from gateway.event_stream import CONTENT_TYPE, KEEP_ALIVE
+from gateway.prediction import Prediction
+
+KEEP_ALIVE_S = 15.0
+
+
+async def until_end(
+    desk: Desk, prediction: Prediction, request: Request, seconds: float | None = None
+) -> None:
+    """Until it is over, the caller hangs up, or `seconds` have passed. Raises Refused."""
+    with desk.watching(prediction):
+        ended = asyncio.create_task(prediction.ended())
+        gone = asyncio.create_task(_hung_up(request))
+        try:
+            await asyncio.wait({ended, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            gone.cancel()
+    if prediction.refusal is not None:
+        raise prediction.refusal
+
+
+def stream(desk: Desk, prediction: Prediction, request: Request) -> StreamingResponse:
+    """Its events, from the first on."""
+    return StreamingResponse(
+        _encoded(desk, prediction, request),
+        media_type=CONTENT_TYPE,
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _encoded(desk: Desk, prediction: Prediction, request: Request) -> AsyncIterator[bytes]:
+    with desk.watching(prediction):
+        events = aiter(prediction.events())
+        gone = asyncio.create_task(_hung_up(request))
+        coming = asyncio.ensure_future(anext(events, None))
+        try:
+            while True:
+                await asyncio.wait(
+                    {coming, gone}, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                if coming.done():
+                    event = coming.result()
+                    if event is None:
+                        return
+                    yield event.encode()
+                    coming = asyncio.ensure_future(anext(events, None))
+                elif gone.done():
+                    return
+                else:
+                    yield KEEP_ALIVE
+        finally:
+            gone.cancel()
+            coming.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await coming
+
+
+async def _hung_up(request: Request) -> None:
+    """Returns when the caller has. The body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
