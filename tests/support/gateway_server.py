@@ -49,7 +49,7 @@ def free_port() -> int:
 
 
 class GatewayServer:
-    """`with GatewayServer(environment, cwd) as gateway:` runs it to the block's end; entering waits until it is ready."""
+    """`with GatewayServer(environment, cwd) as gateway:` runs it in the block, which begins when it is ready."""
 
     def __init__(
         self,
