@@ -54,6 +54,7 @@ def fill(
     }
     filled: dict[str, Any] = copy.deepcopy(dict(policy))
     for statement in filled["Statement"]:
+        _narrow_listing(statement, places)
         statement["Resource"] = [_fill_resource(name, places) for name in statement["Resource"]]
     return filled
 
@@ -66,6 +67,18 @@ def _fill_resource(resource: str, places: Mapping[str, tuple[str, str | None]]) 
     if prefix and objects == "*":
         objects = f"{prefix}/*"
     return f"{ARN}{name}{slash}{objects}"
+
+
+def _narrow_listing(
+    statement: dict[str, Any], places: Mapping[str, tuple[str, str | None]]
+) -> None:
+    """Where a condition says which prefixes may be listed: those inside the one folder, if there is one."""
+    patterns = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix")
+    bucket = statement["Resource"][0].removeprefix(ARN)
+    prefix = places[bucket][1] if bucket in places else None
+    if patterns and prefix:
+        inside = [f"{prefix}/{pattern}" for pattern in patterns if not pattern.startswith("*")]
+        statement["Condition"]["StringLike"]["s3:prefix"] = inside
 
 
 def check_bucket_name(name: str) -> None:

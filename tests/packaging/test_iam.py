@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from demo.s3 import EmbeddedS3
+from images.prediction import PredictionRecord
+from images.records import Claimed, RecordStore
 from scripts import fill_iam
 from scripts.fill_iam import PolicyError, fill
+from tests.conftest import Buckets
 
 IAM = Path(__file__).resolve().parents[2] / "iam"
 RUNNERS = ["model-runner.json", "model-runner.tigris.json"]
@@ -31,12 +37,76 @@ def allowed(document: dict[str, Any]) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_a_runner_may_read_models_and_read_and_write_images_and_nothing_else(name: str) -> None:
+def test_a_runner_may_read_models_read_and_write_images_and_list_predictions_alone(
+    name: str,
+) -> None:
     assert allowed(policy(name)) == {
         ("s3:GetObject", "arn:aws:s3:::model-storage/*"),
         ("s3:GetObject", "arn:aws:s3:::generated-images/*"),
         ("s3:PutObject", "arn:aws:s3:::generated-images/*"),
+        ("s3:ListBucket", "arn:aws:s3:::generated-images"),
     }
+
+
+def listed_prefixes(document: dict[str, Any]) -> list[str]:
+    (patterns,) = [
+        statement["Condition"]["StringLike"]["s3:prefix"]
+        for statement in document["Statement"]
+        if statement["Action"] == ["s3:ListBucket"]
+    ]
+    return list(patterns)
+
+
+@pytest.mark.parametrize(
+    ("image_prefix", "prefix", "may_list"),
+    [
+        (None, "predictions/by-time/", True),
+        (None, "predictions/a-cat.json", True),
+        (None, "team/predictions/by-time/", True),
+        (None, "", False),
+        (None, "2026/11/", False),
+        (None, "team/2026/11/", False),
+        (None, "mypredictions/", False),
+        ("team/", "team/predictions/by-time/", True),
+        ("team/", "predictions/by-time/", False),
+        ("team/", "other/predictions/by-time/", False),
+        ("team/", "team/2026/11/", False),
+    ],
+)
+def test_what_a_runner_lists_is_predictions_and_no_images(
+    image_prefix: str | None, prefix: str, may_list: bool
+) -> None:
+    filled = fill(
+        policy("model-runner.json"),
+        model_bucket="my-models",
+        image_bucket="my-images",
+        image_prefix=image_prefix,
+    )
+
+    # IAM's StringLike: * is any text, slashes included, and letters are compared as they are.
+    assert any(fnmatchcase(prefix, pattern) for pattern in listed_prefixes(filled)) == may_list
+
+
+@pytest.mark.parametrize("prefix", ["", "team/a"])
+def test_the_policy_lets_a_runner_list_what_the_records_list(
+    s3: EmbeddedS3, admin: Any, buckets: Buckets, prefix: str
+) -> None:
+    filled = fill(
+        policy("model-runner.json"),
+        model_bucket=buckets.models,
+        image_bucket=buckets.images,
+        image_prefix=prefix,
+    )
+    keys = s3.create_user(f"{buckets.images}-runner", filled)
+    store = RecordStore(s3.client(keys), buckets.images, prefix)
+    claimed = store.claim(PredictionRecord.of("a-cat", {}, created_at=datetime.now(UTC)))
+    assert isinstance(claimed, Claimed)
+    store.enter(claimed.record)
+
+    assert [stored.record.id for stored in store.recent(5).stored] == ["a-cat"]
+    assert store.get("nobody") is None
+    # The embedded server does not look at conditions, so what was listed is compared here.
+    assert fnmatchcase(f"{store.prefix}/by-time/", listed_prefixes(filled)[0])
 
 
 def test_a_publisher_may_not_delete_and_knows_nothing_of_images() -> None:
@@ -54,7 +124,9 @@ def test_the_policy_for_tigris_is_the_one_for_aws_without_its_conditions() -> No
 
     assert not [statement for statement in tigris["Statement"] if "Condition" in statement]
     for statement in aws["Statement"]:
-        assert statement.pop("Condition") == {"Bool": {"aws:SecureTransport": "true"}}
+        condition = statement.pop("Condition")
+        assert condition.pop("Bool") == {"aws:SecureTransport": "true"}
+        assert not condition or statement["Sid"] == "ListPredictions"
     assert tigris == aws
 
 
@@ -83,7 +155,9 @@ def test_a_policy_can_be_narrowed_to_one_model_and_one_image_prefix() -> None:
     assert {resource for _, resource in allowed(filled)} == {
         "arn:aws:s3:::my-models/ByteDance/SDXL-Lightning/*",
         "arn:aws:s3:::my-images/team/*",
+        "arn:aws:s3:::my-images",
     }
+    assert listed_prefixes(filled) == ["team/predictions/*"]
 
 
 @pytest.mark.parametrize(
