@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from gateway.desk import Desk
@@ -31,17 +32,29 @@ _log = logging.getLogger(__name__)
 class Sweep:
     """`run` in a task of its own, until it is cancelled."""
 
-    def __init__(self, desk: Desk, *, every_s: float = EVERY_S) -> None:
+    def __init__(
+        self, desk: Desk, *, every_s: float = EVERY_S, webhook_left_s: float = WEBHOOK_LEFT_S
+    ) -> None:
         self._desk = desk
         self._every_s = every_s
+        self._webhook_left_s = webhook_left_s
         self._complained = False
 
     async def run(self) -> None:
         pages = MOST_PAGES
         while True:
-            if await self._look(pages):
+            looked_while_serving = self._desk.status.serving
+            if await self._look(pages) and looked_while_serving:
                 pages = 1
-            await asyncio.sleep(self._every_s)
+            await self._pause(until_serving=not looked_while_serving)
+
+    async def _pause(self, *, until_serving: bool) -> None:
+        """What waits for a server need not wait for the next look as well."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._every_s):
+                status = self._desk.status
+                while not (until_serving and status.serving):
+                    status = await self._desk.cog.wait_for_change(status)
 
     async def _look(self, pages: int) -> bool:
         """Whether all of it was looked at."""
@@ -75,7 +88,7 @@ class Sweep:
                 await self._take_over(stored)
             elif stored.age > record.lease_seconds + NOBODY_CAME_S:
                 await self._end(stored, "canceled", "its server ended before it was finished")
-        elif stored.webhook_due and stored.age > WEBHOOK_LEFT_S and record.webhook is not None:
+        elif stored.webhook_due and stored.age > self._webhook_left_s and record.webhook is not None:
             self._desk.in_background(
                 self._desk.send_webhook(record.webhook, "completed", self._desk.answer_of(stored))
             )

@@ -1,0 +1,248 @@
+"""What a prediction came to outlives the gateway that made it; what it left unfinished is finished by another."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import threading
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import standardwebhooks
+
+from demo.s3 import EmbeddedS3
+from images.prediction import PredictionRecord, Webhook
+from images.records import Claimed, RecordStore
+from tests.support.gateway_server import TIMEOUT_S, GatewayServer
+from tests.support.receiver import receiver
+
+ASYNC = {"Prefer": "respond-async"}
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "journal.txt"
+
+
+@pytest.fixture
+def environment(
+    gateway_environment: dict[str, str], journal: Path, tmp_path: Path
+) -> dict[str, str]:
+    return {
+        **gateway_environment,
+        "JOURNAL": str(journal),
+        "MARKERS": str(tmp_path),
+        "ALLOW_PRIVATE_HOSTS": "127.0.0.1",
+        "WEBHOOK_SIGNING_SECRET": SECRET,
+    }
+
+
+@pytest.fixture
+def records(s3: EmbeddedS3, environment: dict[str, str]) -> RecordStore:
+    """A gateway that is dead, as far as its records tell."""
+    return RecordStore(s3.client(), environment["PUBLIC_BUCKET_NAME"])
+
+
+def runs(journal: Path, prompt: str) -> int:
+    return journal.read_text().splitlines().count(prompt) if journal.exists() else 0
+
+
+def answer_of(gateway: GatewayServer, prediction_id: str) -> dict[str, Any]:
+    answer: dict[str, Any] = gateway.get(f"/predictions/{prediction_id}").json()
+    return answer
+
+
+def until_over(gateway: GatewayServer, prediction_id: str) -> dict[str, Any]:
+    gateway.until(
+        lambda: (
+            answer_of(gateway, prediction_id).get("status") in ("succeeded", "failed", "canceled")
+        )
+    )
+    return answer_of(gateway, prediction_id)
+
+
+def left_behind(
+    records: RecordStore, prediction_id: str, prompt: str, *, claims: int = 1, **fields: Any
+) -> None:
+    """A prediction whose gateway has not been heard of for longer than it said."""
+    record = PredictionRecord.of(
+        prediction_id, {"prompt": prompt}, created_at=datetime.now(UTC), **fields
+    )
+    for _ in range(claims):
+        assert isinstance(records.claim(record, lease_seconds=0.0), Claimed)
+    records.enter(record)
+
+
+def test_a_result_outlives_its_gateway(
+    environment: dict[str, str], runner_folder: Path, journal: Path
+) -> None:
+    with GatewayServer(environment, runner_folder) as gateway:
+        first = gateway.put("kept", {"prompt": "kept"}).json()
+    with GatewayServer(environment, runner_folder) as gateway:
+        assert gateway.put("kept", {"prompt": "kept"}).json() == first
+        assert answer_of(gateway, "kept") == first
+        assert gateway.get("/predictions").json()["predictions"] == [first]
+    assert runs(journal, "kept") == 1
+
+
+def test_two_replicas_make_one_prediction_once_and_both_know_it(
+    environment: dict[str, str], runner_folder: Path, journal: Path
+) -> None:
+    answers: list[httpx.Response] = []
+    together = threading.Barrier(8)
+    with ExitStack() as stack:
+        replicas = [
+            stack.enter_context(GatewayServer(environment, runner_folder)) for _ in range(2)
+        ]
+
+        def ask(number: int) -> None:
+            together.wait()
+            answers.append(replicas[number % 2].put("both", {"prompt": "both", "seconds": 1.0}))
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        assert {answer.status_code for answer in answers} == {200, 202}
+        results = [until_over(replica, "both") for replica in replicas]
+    assert results[0] == results[1]
+    assert results[0]["status"] == "succeeded"
+    assert runs(journal, "both") == 1
+
+
+def test_who_streams_from_another_replica_hears_the_end(
+    environment: dict[str, str], runner_folder: Path, journal: Path
+) -> None:
+    given = {"prompt": "far", "seconds": 1.0}
+    with (
+        GatewayServer(environment, runner_folder) as one,
+        GatewayServer(environment, runner_folder) as other,
+    ):
+        one.put("far", given, headers=ASYNC)
+        heard = other.put("far", given, headers={"Accept": "text/event-stream"}).text
+        assert heard.startswith("event: completed")
+        assert "https://images.example/far-0.png" in heard
+    assert runs(journal, "far") == 1
+
+
+def test_another_replica_can_cancel(environment: dict[str, str], runner_folder: Path) -> None:
+    given = {"prompt": "long", "seconds": 60.0}
+    with (
+        GatewayServer(environment, runner_folder) as one,
+        GatewayServer(environment, runner_folder) as other,
+    ):
+        one.put("long", given, headers=ASYNC)
+        assert other.post("/predictions/long/cancel").status_code == 200
+        assert until_over(one, "long")["status"] == "canceled"
+        assert until_over(other, "long")["status"] == "canceled"
+
+
+def test_what_is_not_finished_in_time_is_finished_by_the_next_gateway_and_told_once(
+    environment: dict[str, str], runner_folder: Path, journal: Path
+) -> None:
+    given = {"prompt": "handed on", "seconds": 3.0}
+    with receiver() as hook:
+        impatient = {**environment, "SHUTDOWN_GRACE_SECONDS": "0"}
+        with GatewayServer(impatient, runner_folder) as gateway:
+            fields = {"webhook": hook.url, "webhook_events_filter": ["completed"]}
+            answer = gateway.put("handed", given, headers=ASYNC, fields=fields)
+            assert answer.status_code == 202
+            gateway.until(lambda: runs(journal, "handed on") == 1)
+        with GatewayServer(environment, runner_folder) as gateway:
+            assert until_over(gateway, "handed")["status"] == "succeeded"
+            (message,) = hook.wait_for(1)
+    assert runs(journal, "handed on") == 2
+    assert message.answer["status"] == "succeeded"
+    assert message.id == "handed-completed-0"
+    standardwebhooks.Webhook(SECRET).verify(message.body, message.headers)
+
+
+def test_who_waits_at_a_gateway_that_stops_is_told_to_ask_again_and_gets_it_then(
+    environment: dict[str, str], runner_folder: Path, journal: Path
+) -> None:
+    given = {"prompt": "wait", "seconds": 3.0}
+    answers: list[httpx.Response] = []
+    impatient = {**environment, "SHUTDOWN_GRACE_SECONDS": "0"}
+    with GatewayServer(impatient, runner_folder) as gateway:
+        asking = threading.Thread(target=lambda: answers.append(gateway.put("wait", given)))
+        asking.start()
+        gateway.until(lambda: runs(journal, "wait") == 1)
+        gateway.terminate()
+        asking.join(TIMEOUT_S)
+    assert answers[0].status_code == 503
+    assert "Retry-After" in answers[0].headers
+    with GatewayServer(environment, runner_folder) as gateway:
+        assert gateway.put("wait", given).json()["status"] == "succeeded"
+
+
+def test_what_a_dead_gateway_left_is_made_where_nobody_needs_to_wait_for_it(
+    environment: dict[str, str], runner_folder: Path, journal: Path, records: RecordStore
+) -> None:
+    with receiver() as hook:
+        webhook = Webhook(url=hook.url)
+        left_behind(records, "orphan", "orphan", background=True, webhook=webhook)
+        left_behind(records, "deserted", "deserted")
+        with GatewayServer(environment, runner_folder) as gateway:
+            assert until_over(gateway, "orphan")["status"] == "succeeded"
+            hook.wait_for(2)
+            assert answer_of(gateway, "deserted")["status"] == "starting"
+            # Its caller comes back for it.
+            assert gateway.put("deserted", {"prompt": "deserted"}).json()["status"] == "succeeded"
+    assert {message.answer["status"] for message in hook.messages} >= {"succeeded"}
+    assert runs(journal, "orphan") == runs(journal, "deserted") == 1
+
+
+def test_what_has_ended_several_gateways_is_not_tried_again_and_its_caller_told(
+    environment: dict[str, str], runner_folder: Path, journal: Path, records: RecordStore
+) -> None:
+    with receiver() as hook:
+        webhook = Webhook(url=hook.url, events_filter=("completed",))
+        left_behind(records, "deadly", "deadly", claims=3, background=True, webhook=webhook)
+        with GatewayServer(environment, runner_folder) as gateway:
+            (message,) = hook.wait_for(1)
+            assert answer_of(gateway, "deadly")["status"] == "failed"
+    assert "3 servers ended" in message.answer["error"]
+    assert runs(journal, "deadly") == 0
+
+
+def test_a_prediction_survives_the_death_of_its_worker(
+    environment: dict[str, str], runner_folder: Path, journal: Path
+) -> None:
+    answers: list[httpx.Response] = []
+    with GatewayServer({**environment, "COG_MAX_CONCURRENCY": "1"}, runner_folder) as gateway:
+        asking = [
+            threading.Thread(
+                target=lambda name=name: answers.append(
+                    gateway.put(name, {"prompt": name, "seconds": 2.0})
+                )
+            )
+            for name in ("under way", "in line")
+        ]
+        for thread in asking:
+            thread.start()
+        gateway.until(lambda: runs(journal, "under way") + runs(journal, "in line") == 1)
+        os.kill(gateway.worker_pid(), signal.SIGKILL)
+        for thread in asking:
+            thread.join(TIMEOUT_S)
+    assert [answer.json()["status"] for answer in answers] == ["succeeded"] * 2
+    assert runs(journal, "under way") + runs(journal, "in line") == 3
+
+
+def test_a_prediction_that_kills_its_worker_again_and_again_fails(
+    environment: dict[str, str], runner_folder: Path, journal: Path
+) -> None:
+    with GatewayServer(environment, runner_folder) as gateway:
+        told = gateway.put("deadly", {"prompt": "die"}).json()
+        assert told["status"] == "failed"
+        assert "died 3 times" in told["error"]
+        gateway.until(lambda: gateway.get("/ready").is_success)
+        assert gateway.put("after", {"prompt": "after"}).json()["status"] == "succeeded"
+    assert runs(journal, "die") == 3
