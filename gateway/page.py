@@ -60,7 +60,7 @@ def _read(path: Path, shared: Mapping[str, str]) -> _File:
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     # Asked for anew each time and answered with 304: a new release is never mixed with an old one's files.
     headers = {"Content-Type": TYPES[path.suffix], "ETag": etag, "Cache-Control": "no-cache"}
-    return _File(body, headers | shared, etag)
+    return _File(body, {**headers, **shared}, etag)
 
 
 def _answer(request: Request, file: _File) -> Response:

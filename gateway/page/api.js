@@ -4,6 +4,8 @@ import { parse, write } from "./json.js";
 import * as key from "./key.js";
 
 const UNAUTHORIZED = 401;
+// A proxy's words for a server that it cannot reach.
+const OUT_OF_REACH = [502, 504];
 
 /** The server answered, and will not do it: `problems` are of single inputs, `retryAfter` is in seconds. */
 export class Refused extends Error {
@@ -28,6 +30,7 @@ export async function ask(path, options = {}) {
     const used = key.current();
     const response = await send(path, options, used);
     if (response.ok) return response;
+    if (OUT_OF_REACH.includes(response.status)) throw new Unreachable();
     if (response.status !== UNAUTHORIZED) throw await refusal(response);
     if (key.current() === used) {
       const given = await key.request({ wrong: used !== null, isGood });

@@ -36,6 +36,7 @@ export async function follow(id, input, { signal, tell }) {
       await wait(pause, signal);
       pause = Math.min(pause * 1.6, LONGEST_PAUSE_MS);
       seen = await lookUp(id, signal);
+      if (seen === undefined) tell({ kind: "lost" });
     } while (seen === undefined);
     if (isOver(seen)) return seen;
     tell({ kind: "found" });

@@ -75,6 +75,7 @@ export class Form {
         const value = valueOf(described, texts[name]);
         if (value !== undefined && value !== described.fallback) input[name] = value;
       } catch (error) {
+        if (!(error instanceof RangeError)) throw error;
         problems.push({ input: name, words: error.message });
       }
     }

@@ -31,6 +31,7 @@ function read(name, { type, title, description, enum: choices, default: fallback
   input.least = minimum ?? null;
   input.most = maximum ?? null;
   if (input.kind === "integer") {
+    input.fallback = integer(fallback);
     input.least = integer(minimum) ?? -LARGEST_INTEGER;
     const most = integer(maximum) ?? LARGEST_INTEGER;
     input.most = most > LARGEST_INTEGER ? LARGEST_INTEGER : most;

@@ -52,7 +52,7 @@ export class Studio {
     this.#finished = null;
     const count = Number(input.num_outputs ?? 1);
     const pictures = Array.from({ length: count }, (_, number) => new Coming(input, number, count));
-    const run = { id, input, pictures, leaving: new AbortController(), lost: false };
+    const run = { id, input, pictures, leaving: new AbortController(), lost: false, canceling: false };
     this.#run = run;
     tab.set(NAME, write({ id, input }));
     this.#gallery.leaveOut(id);
@@ -160,8 +160,8 @@ export class Studio {
 
   async #cancel() {
     const run = this.#run;
-    if (!run) return;
-    byId("cancel").disabled = true;
+    if (!run || run.canceling) return;
+    run.canceling = true; // the button stays as it is, or it would lose the focus
     this.#say("Canceling");
     try {
       await api.cancel(run.id); // its events then say that it is over
@@ -218,7 +218,6 @@ export class Studio {
   #working(is) {
     const hadFocus = document.activeElement === byId("cancel");
     byId("cancel").hidden = !is;
-    byId("cancel").disabled = false;
     byId("generate").setAttribute("aria-disabled", String(is));
     byId("generate").querySelector("span").textContent = is ? "Generating" : "Generate";
     if (!is && hadFocus) byId("generate").focus({ preventScroll: true });
