@@ -68,9 +68,13 @@ def load(
         try:
             return _load(bucket, settings, cold_start, meanwhile, compiling)
         except ObjectChangedError as error:
+            cold_start.give_up()
             if attempt == TIMES_TO_BEGIN:
                 raise
             logger.warning("%s. Beginning anew", str(error).removesuffix("."))
+        except BaseException:
+            cold_start.give_up()
+            raise
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -214,6 +218,14 @@ def _build_engine(
         "loading %s %s, %.2f GB, from %s", settings.model_path, stream.version, size, stream.source
     )
     began = time.monotonic()
+    cold_start.begin(
+        "bytes",
+        stream.started,
+        after=("manifest",),
+        so_far=lambda: {"bytes": stream.bytes_read, "total_bytes": stream.total_bytes},
+        ended=lambda: None if stream.seconds is None else stream.started + stream.seconds,
+    )
+    cold_start.begin("imports", began, after=("clients",))
     # The heavy imports, seconds of them, while the bytes flow. With torch alone a card can take the first ones.
     from diffusion.device import choose_device, choose_dtype
 
@@ -229,6 +241,7 @@ def _build_engine(
 
     imported = time.monotonic()
     cold_start.add("imports", began, imported, after=("clients",))
+    cold_start.begin("build", imported, after=("imports", "bytes"))
     recipe = recipe_of(stream)
     wanted: Callable[[Recipe], Compiling | None] = compiling or (
         CompiledCode(settings, bucket, stream.version, device, dtype, cold_start).result

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -67,12 +67,10 @@ class Runner(BaseRunner):
             self.cold_start = ColdStart()
             self.settings = load_runner_settings()
             self.cold_start.model = self.settings.model_path
-            try:
+            folder = self.settings.cold_start_folder
+            with nullcontext() if folder is None else self.cold_start.written_to(folder):
                 self.engine = load(self.settings, self.cold_start, meanwhile=self._connect_store)
                 self.cold_start.ready()
-            finally:
-                if self.settings.cold_start_folder is not None:
-                    self.cold_start.write(self.settings.cold_start_folder)
             if self.settings.refresh_seconds is not None:
                 Refresher(self.settings, self.engine, self.settings.refresh_seconds).start()
 

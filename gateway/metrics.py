@@ -6,7 +6,7 @@ Labels come from short lists, never from what a caller sent: no ids, no prompts,
 
 from collections.abc import Mapping
 from http import HTTPMethod
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -15,12 +15,12 @@ from prometheus_client.process_collector import ProcessCollector
 
 from gateway.gauges import Gauges, Observed
 from gateway.gpu import Cards
+from gateway.refusals import Reason
 from gateway.start_facts import amount, label, read_start
+from gateway.webhooks import WebhookEvent
 
-Reason = Literal["queue_full", "rate_limit", "no_key", "not_serving", "draining", "bucket"]
-Event = Literal["start", "output", "logs", "completed"]
 REASONS: tuple[str, ...] = get_args(Reason)
-EVENTS: tuple[str, ...] = get_args(Event)
+EVENTS: tuple[str, ...] = get_args(WebhookEvent)
 STATUSES = ("succeeded", "failed", "canceled")
 SOURCES = ("cog", "replicate", "predict", "page")
 STAGES = ("wait", "prompt", "denoise", "decode", "encode", "upload")
@@ -116,7 +116,7 @@ class Metrics:
     def replayed(self) -> None:
         self._replays.inc()
 
-    def webhook(self, event: Event, delivered: bool) -> None:
+    def webhook(self, event: WebhookEvent, delivered: bool) -> None:
         outcome = "delivered" if delivered else "failed"
         self._webhooks.labels(_one_of(EVENTS, event), outcome).inc()
 

@@ -15,7 +15,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from gateway.cog_status import State, Status
 from gateway.gauges import MOST_VERSIONS
 from gateway.metrics import MOST_ROUTES
-from gateway.start_facts import StartFacts, read_start
+from gateway.start_facts import MOST_PHASES, StartFacts, read_start
 from tests.gateway.scraped import (
     SINCE,
     VERSION,
@@ -234,6 +234,33 @@ def test_the_file_that_a_start_leaves_is_understood(tmp_path: Path) -> None:
 @pytest.mark.parametrize("document", [None, [], "text", 3, {}, {"phases": [None, {"name": "x"}]}])
 def test_a_document_that_is_none_tells_nothing(document: Any) -> None:
     assert read_start(document) == StartFacts()
+
+
+def test_a_version_that_served_lately_is_kept_before_those_that_did_not() -> None:
+    metrics = new_metrics()
+
+    for version in (
+        "first",
+        *(f"v{number}" for number in range(MOST_VERSIONS - 1)),
+        "first",
+        "new",
+    ):
+        metrics.prediction(
+            answer(metrics={"model_version": version}), source="cog", waited_s=0, ran_s=0
+        )
+
+    seen = "".join(name for name in samples(metrics) if "last_served" in name)
+    assert 'version="first"' in seen
+    assert 'version="new"' in seen
+    assert 'version="v0"' not in seen
+
+
+def test_a_document_with_thousands_of_phases_does_not_make_as_many_series() -> None:
+    phases = [{"name": f"p{number}", "start_s": 0, "end_s": 1} for number in range(5000)]
+
+    facts = read_start({"phases": phases})
+
+    assert len(facts.phases) == MOST_PHASES
 
 
 def test_openmetrics_is_given_to_who_accepts_it() -> None:

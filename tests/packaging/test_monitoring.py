@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.cog_status import State, Status
 from gateway.keys import digest_of, new_key, parse_keys
-from gateway.metrics import Metrics
+from gateway.metrics import EVENTS, REASONS, SOURCES, STAGES, STATUSES, Metrics
+from gateway.start_facts import READS
+from gateway.start_facts import SOURCES as WEIGHTS_SOURCES
 from tests.gateway.scraped import (
     SINCE,
     VERSION,
@@ -324,6 +326,25 @@ def test_every_metric_has_its_row_on_the_page_and_no_other_has(metrics: Metrics)
 
     assert len(rows) == len(told)
     assert told == has
+
+
+@pytest.mark.parametrize(
+    ("row", "values"),
+    [
+        ("`source` of a prediction", SOURCES),
+        ("`status` of a prediction", STATUSES),
+        ("`stage`", STAGES),
+        ("`reason`", REASONS),
+        ("`state`", [state.value for state in State]),
+        ("`event` of a webhook", EVENTS),
+        ("`event` while reading", READS),
+        ("`source` of weights", WEIGHTS_SOURCES),
+    ],
+)
+def test_every_value_of_a_label_is_on_the_page(row: str, values: Sequence[str]) -> None:
+    (cell,) = re.findall(rf"^\| {re.escape(row)} \| (.*) \|$", PAGE, re.MULTILINE)
+
+    assert re.findall(r"`(\w+)`", cell.partition(";")[0]) == list(values)
 
 
 def test_no_label_takes_what_callers_send(metrics: Metrics) -> None:

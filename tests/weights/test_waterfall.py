@@ -7,9 +7,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -296,3 +297,121 @@ def test_many_threads_record_at_once() -> None:
     record = start.as_dict()
     assert len(record["phases"]) == 400
     assert record["counters"] == {"steps": 400}
+
+
+def written_in(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "cold-start.json").read_text("utf-8"))
+    return record
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_phase_that_goes_on_has_no_end_yet() -> None:
+    start = ColdStart()
+    read = {"bytes": 3, "total_bytes": 10}
+    start.begin("bytes", after=["manifest"], so_far=lambda: read)
+    with start.phase("imports"):
+        first = {phase["name"]: phase for phase in start.as_dict()["phases"]}
+    read["bytes"] = 4
+    second = {phase["name"]: phase for phase in start.as_dict()["phases"]}
+
+    assert first["bytes"]["in_progress"] is True
+    assert first["imports"]["in_progress"] is True
+    assert (first["bytes"]["bytes"], second["bytes"]["bytes"]) == (3, 4)
+    assert second["bytes"]["end_s"] > first["bytes"]["end_s"] >= first["bytes"]["start_s"]
+    assert second["bytes"]["after"] == ["manifest"]
+    assert "in_progress" not in second["imports"]
+    # Nobody can have waited for the whole of what is not over.
+    assert [part["name"] for part in start.as_dict()["critical_path"]] == ["imports"]
+
+
+def test_a_phase_that_is_recorded_goes_on_no_more() -> None:
+    start = ColdStart(0.0)
+    start.begin("bytes", 1.0)
+    start.add("bytes", 1.0, 9.0, bytes=5)
+
+    [phase] = start.as_dict()["phases"]
+
+    assert phase == {"name": "bytes", "start_s": 1.0, "end_s": 9.0, "after": [], "bytes": 5}
+
+
+def test_a_phase_whose_end_is_known_before_it_is_recorded_ends_there() -> None:
+    start = ColdStart(0.0)
+    end: list[float] = []
+    start.begin("bytes", 1.0, ended=lambda: end[0] if end else None)
+    goes_on = start.as_dict()["phases"][0]
+    end.append(4.0)
+    over = start.as_dict()["phases"][0]
+
+    assert goes_on["in_progress"] is True
+    assert over == {"name": "bytes", "start_s": 1.0, "end_s": 4.0, "after": []}
+
+
+def test_what_was_given_up_is_recorded_as_failed() -> None:
+    start = ColdStart()
+    start.begin("bytes", so_far=lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+
+    start.give_up()
+
+    [phase] = start.as_dict()["phases"]
+    assert phase["failed"] is True
+    assert "in_progress" not in phase
+
+
+def test_the_record_is_written_while_the_start_goes_on(tmp_path: Path) -> None:
+    start = ColdStart()
+    folder = tmp_path / "new" / "folder"
+    with start.written_to(folder):
+        until((folder / "cold-start.json").exists)
+        with start.phase("build"):
+            until(lambda: any(phase.get("in_progress") for phase in written_in(folder)["phases"]))
+        assert written_in(folder)["ready_after_s"] is None
+        start.ready()
+
+    assert written_in(folder) == start.as_dict()
+    assert written_in(folder)["ready_after_s"] > 0
+    assert names_in(folder) == ["cold-start.json", "cold-start.svg"]
+
+
+def test_the_record_of_a_start_that_fails_is_written(tmp_path: Path) -> None:
+    start = ColdStart()
+
+    def fails() -> None:
+        with start.written_to(tmp_path), start.phase("build"):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+
+    assert [phase["failed"] for phase in written_in(tmp_path)["phases"]] == [True]
+
+
+def test_writing_while_the_start_goes_on_never_ends_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = ColdStart()
+    asked: list[None] = []
+
+    def breaks() -> dict[str, int]:
+        asked.append(None)
+        raise ZeroDivisionError
+
+    with start.written_to(tmp_path):
+        start.begin("bytes", so_far=breaks)
+        until(lambda: bool(asked))
+        start.add("bytes", 0.0, 1.0)
+
+    assert len(written_in(tmp_path)["phases"]) == 1
+
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with start.written_to(blocked):
+        pass
+
+    assert len(caplog.messages) == 1  # said once, at the end
