@@ -15,7 +15,7 @@ from demo import stages, tutorial
 from demo.console import Console
 from demo.processes import DemoError, Interruption, Signals, inherited_environment
 from demo.s3 import EmbeddedS3, EmbeddedS3Error
-from demo.stages import IMAGE_BUCKET, MODEL_BUCKET, MODEL_PATH, CogServer, Workplace
+from demo.stages import IMAGE_BUCKET, MODEL_BUCKET, MODEL_PATH, Gateway, Workplace
 
 _POLL_S = 0.5
 
@@ -58,12 +58,14 @@ def _run(place: Workplace, options: argparse.Namespace) -> None:
         model = stages.build_model(place)
     with console.stage("Publish it with scripts/prepare_model.py"):
         console.note(stages.publish(place, server, publisher, model))
-    with console.stage("Start Cog's server with the workload's keypair, until READY"):
-        cog = stages.serve(place, server, workload)
-        console.note(f"{cog.address}, model {MODEL_PATH}")
+    with console.stage(
+        "Start the gateway and Cog's server with the workload's keypair, until ready"
+    ):
+        gateway = stages.serve(place, server, workload)
+        console.note(f"{gateway.address}, model {MODEL_PATH}")
     with console.stage("Send the tutorial's request"):
         console.note(f"({tutorial.programs_used()})")
-        prediction = tutorial.send(cog.address, inherited_environment())
+        prediction = tutorial.send(gateway.address, inherited_environment())
         url = prediction["output"][0]
         console.note(url)
     with console.stage("Fetch the URL; without its signature it is refused"):
@@ -76,7 +78,7 @@ def _run(place: Workplace, options: argparse.Namespace) -> None:
         f"It took {console.seconds:.0f} s. The model is untrained: its images are abstract."
     )
     if options.keep:
-        _serve_until_stopped(cog, console)
+        _serve_until_stopped(gateway, console)
 
 
 def save(png: bytes, target: Path) -> Path:
@@ -89,18 +91,18 @@ def save(png: bytes, target: Path) -> Path:
     return target
 
 
-def _serve_until_stopped(cog: CogServer, console: Console) -> None:
+def _serve_until_stopped(gateway: Gateway, console: Console) -> None:
     try:
         # Inside: whoever reads this may press it at once.
-        console.say("\nServing until Ctrl-C. Try:\n")
-        console.say(tutorial.curl_command(cog.address))
-        while cog.process.exit_code is None:
+        console.say(f"\nServing until Ctrl-C. Open {gateway.address} in a browser, or try:\n")
+        console.say(tutorial.curl_command(gateway.address))
+        while gateway.process.exit_code is None:
             time.sleep(_POLL_S)
     except Interruption:
         console.say("\nStopping.")
         return
-    message = f"The Cog server ended with exit code {cog.process.exit_code}. Its last lines:"
-    raise DemoError(f"{message}\n{cog.process.tail()}")
+    message = f"The gateway ended with exit code {gateway.process.exit_code}. Its last lines:"
+    raise DemoError(f"{message}\n{gateway.process.tail()}")
 
 
 def _parse() -> argparse.Namespace:

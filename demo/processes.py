@@ -19,7 +19,11 @@ _STOP_TIMEOUT_S = 15.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # What would change what the demo shows, or hand a child a right that the demo did not give it.
-_NOT_INHERITED = ("AWS_", "COG_", "IMAGE_", "MODEL_", "PUBLIC_", "S3_")
+_NOT_INHERITED = (
+    *("AWS_", "COG_", "IMAGE_", "MODEL_", "PUBLIC_", "S3_"),
+    *("ALLOW_", "API_KEYS", "BODY_", "CORS_", "LOG_FORMAT", "MAX_BODY_", "METRICS_", "OTEL_"),
+    *("PREDICTION_", "QUEUE_", "RATE_", "SHUTDOWN_", "WEBHOOK_"),
+)
 _NO_AMBIENT_CREDENTIALS = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,

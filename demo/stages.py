@@ -1,11 +1,10 @@
 """The stages of the demo, from an empty S3 server to a serving one. Each does one thing and says what it did.
 
 Only what a person following the tutorial would run is run here: the policies of `iam/`, `scripts/prepare_model.py`,
-Cog's own server. What is said to whom and in what order is `__main__`'s.
+the gateway. What is said to whom and in what order is `__main__`'s.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -109,59 +108,55 @@ def publish(place: Workplace, server: EmbeddedS3, keypair: Keypair, model: Path)
 
 
 @dataclass(frozen=True)
-class CogServer:
-    """A serving Cog server."""
+class Gateway:
+    """A gateway that serves, with Cog's server behind it."""
 
     process: Child
     address: str
 
 
-def serve(place: Workplace, server: EmbeddedS3, keypair: Keypair) -> CogServer:
-    """Start Cog's server with the keypair and the variables of the tutorial, and wait until it is ready.
+def serve(place: Workplace, server: EmbeddedS3, keypair: Keypair) -> Gateway:
+    """Start the gateway with the keypair and the variables of the tutorial, and wait until it is ready.
 
     Raises:
         DemoError: the server ended, or its setup failed or took too long.
     """
     port = free_port()
-    here = str(Path(sys.executable).parent)
     environment = inherited_environment() | server.environment(keypair)
     environment |= {
         "MODEL_PATH": MODEL_PATH,
         "MODEL_BUCKET_NAME": MODEL_BUCKET,
         "PUBLIC_BUCKET_NAME": IMAGE_BUCKET,
-        "COG_PREDICT_TYPE_STUB": "predict.py:Runner",
-        "COG_MAX_CONCURRENCY": "16",
         "COG_SETUP_TIMEOUT": str(_SETUP_TIMEOUT_S),
+        # On loopback it needs no keys.
+        "HOST": "127.0.0.1",
         "PORT": str(port),
-        # The server starts its worker as bare `python`; another one than ours would lack the packages.
-        "PATH": os.pathsep.join([here, environment.get("PATH", os.defpath)]),
     }
-    command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
-    process = place.start("Cog server", command, environment)
+    process = place.start("gateway", [sys.executable, "-m", "gateway"], environment)
     address = f"http://127.0.0.1:{port}"
-    _wait_until_ready(process, lambda: _health(address))
-    return CogServer(process, address)
+    _wait_until_ready(process, lambda: _status(address))
+    return Gateway(process, address)
 
 
-def _wait_until_ready(process: Child, health: Callable[[], dict[str, Any] | None]) -> None:
+def _wait_until_ready(process: Child, status: Callable[[], dict[str, Any] | None]) -> None:
     deadline = time.monotonic() + _SETUP_TIMEOUT_S + 30
     while time.monotonic() < deadline:
         if process.exit_code is not None:
-            message = f"The Cog server ended with exit code {process.exit_code}. Its last lines:"
+            message = f"The gateway ended with exit code {process.exit_code}. Its last lines:"
             raise DemoError(f"{message}\n{process.tail()}")
-        state = health() or {}
-        if state.get("status") == "READY":
+        now = status() or {}
+        if now.get("state") in ("ready", "busy"):
             return
-        if state.get("status") == "SETUP_FAILED":
-            logs = (state.get("setup") or {}).get("logs") or process.tail()
-            raise DemoError(f"The Cog server's setup failed. What it said:\n{logs.strip()}")
-        time.sleep(_POLL_S)  # Cog tells its state only when asked
-    raise DemoError(f"The Cog server was not ready in time. Its last lines:\n{process.tail()}")
+        if now.get("state") == "setup_failed":
+            # It would try again, as a server should, and a demo need not.
+            raise DemoError(f"The model could not be loaded. {now.get('reason') or process.tail()}")
+        time.sleep(_POLL_S)
+    raise DemoError(f"The gateway was not ready in time. Its last lines:\n{process.tail()}")
 
 
-def _health(address: str) -> dict[str, Any] | None:
+def _status(address: str) -> dict[str, Any] | None:
     try:
-        _, body, _ = fetch(f"{address}/health-check")
+        _, body, _ = fetch(f"{address}/status")
         state: dict[str, Any] = json.loads(body)
     except (DemoError, ValueError):
         return None  # not listening yet

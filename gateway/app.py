@@ -22,6 +22,7 @@ from gateway.callers import Callers
 from gateway.cog_api import cog_router
 from gateway.desk import Desk
 from gateway.documents import Documents
+from gateway.page import page_router
 from gateway.refusals import Refused
 from gateway.settings import GatewaySettings
 from gateway.state import ColdStartFile, state_router
@@ -31,6 +32,8 @@ SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
     (b"cross-origin-opener-policy", b"same-origin"),
+    # The page has its own; nothing else here is meant to be looked at as one.
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 )
 _EXPOSED = ["Retry-After", "WWW-Authenticate", "Location"]
 
@@ -60,6 +63,7 @@ def build(parts: Parts) -> Any:
     app.include_router(Documents(app, desk).router())
     app.include_router(_metrics_router(desk, callers, parts))
     app.include_router(cog_router(desk, callers, parts.guard))
+    app.include_router(page_router(image_origins(settings)))
 
     outermost: Any = BodyLimits(
         app, most_bytes=settings.most_body_bytes, seconds=settings.body_seconds

@@ -88,7 +88,9 @@ class Sweep:
                 await self._take_over(stored)
             elif stored.age > record.lease_seconds + NOBODY_CAME_S:
                 await self._end(stored, "canceled", "its server ended before it was finished")
-        elif stored.webhook_due and stored.age > self._webhook_left_s and record.webhook is not None:
+        elif (
+            stored.webhook_due and stored.age > self._webhook_left_s and record.webhook is not None
+        ):
             self._desk.in_background(
                 self._desk.send_webhook(record.webhook, "completed", self._desk.answer_of(stored))
             )

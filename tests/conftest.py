@@ -49,6 +49,12 @@ def new_bucket(s3: EmbeddedS3) -> Callable[[], str]:
 
 
 @pytest.fixture
+def gateway_environment(s3: EmbeddedS3, new_bucket: Callable[[], str]) -> dict[str, str]:
+    """What a whole gateway needs, with a bucket of this test's own."""
+    return {**s3.environment(), "PUBLIC_BUCKET_NAME": new_bucket()}
+
+
+@pytest.fixture
 def buckets(new_bucket: Callable[[], str]) -> Buckets:
     """Two fresh private buckets: one for models, one for images."""
     return Buckets(models=new_bucket(), images=new_bucket())

@@ -124,8 +124,8 @@ def test_keep_serves_until_ctrl_c(demo: StartDemo) -> None:
     printed = running.read_until("--data-binary")
     assert "Serving until Ctrl-C" in printed
     address = printed.rsplit('curl "', 1)[1].partition("/predictions/")[0]
-    with urllib.request.urlopen(f"{address}/health-check") as response:
-        assert b'"READY"' in response.read()
+    with urllib.request.urlopen(f"{address}/ready") as response:
+        assert b'"ready"' in response.read()
     running.process.send_signal(signal.SIGINT)
     exit_code, rest = running.finish()
     assert (exit_code, "Traceback" in rest) == (0, False)
@@ -138,7 +138,7 @@ def test_keep_serves_until_ctrl_c(demo: StartDemo) -> None:
     [
         ("Start an embedded S3 server", signal.SIGINT),
         ("Build a small SDXL model", signal.SIGTERM),
-        ("Start Cog's server", signal.SIGINT),
+        ("Start the gateway", signal.SIGINT),
     ],
 )
 def test_interrupted_demo_leaves_nothing_running(demo: StartDemo, stage: str, number: int) -> None:
@@ -158,7 +158,7 @@ def test_failing_setup_is_shown_and_leaves_nothing_running(demo: StartDemo) -> N
     exit_code, printed = running.finish()
     assert exit_code == 1
     assert running.relatives() == []
-    assert "The demo failed. The Cog server's setup failed." in printed
+    assert "The demo failed. The gateway ended with exit code 2." in printed
     assert "DEVICE" in printed
     assert "Traceback" not in printed
 

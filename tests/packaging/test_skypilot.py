@@ -1,4 +1,4 @@
-"""skypilot.yaml through SkyPilot's own parser, and its readiness probe against the real Cog server.
+"""skypilot.yaml through SkyPilot's own parser, and its readiness probe against the real gateway.
 
 SkyPilot lives in .venv-sky, made by `make test`; nothing here reaches a cloud.
 """
@@ -15,37 +15,17 @@ from typing import Any
 import pytest
 import yaml
 
-from scripts import generate_schema
-from tests.support.cog_server import CogServer
+from tests.support.gateway_server import GatewayServer, small_runner
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = ROOT / "skypilot.yaml"
 SKY_PYTHON = ROOT / ".venv-sky/bin/python"
-KEYS = ["AWS_ACCESS_KEY_ID=tid_example", "AWS_SECRET_ACCESS_KEY=tsec_example"]
+KEYS = [
+    "AWS_ACCESS_KEY_ID=tid_example",
+    "AWS_SECRET_ACCESS_KEY=tsec_example",
+    "API_KEYS=alice:0000",
+]
 IMAGE = "docker:your-docker-username/sdxl-tigris"
-
-ASKS_ITSELF = """
-import json, os, urllib.error, urllib.request
-from cog import BaseRunner
-
-
-def probe(path):
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{os.environ['PORT']}{path}") as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
-class Runner(BaseRunner):
-    def setup(self) -> None:
-        print("probed while loading:", probe(os.environ["PROBE"]), flush=True)
-        if os.environ.get("FAIL"):
-            raise RuntimeError("there is no such bucket")
-
-    async def run(self) -> str:
-        return "ready"
-"""
 
 
 def parse(home: Path, *tasks: Path) -> list[dict[str, Any]]:
@@ -110,13 +90,15 @@ def test_what_the_server_needs_is_copied_and_what_make_made_is_not(
         "weights/__init__.py",
         "diffusion/__init__.py",
         "images/__init__.py",
+        "gateway/__init__.py",
+        "gateway/page/index.html",
     ):
         assert (ROOT / needed).exists()
         assert not needed.startswith(left_behind)
 
 
 def test_the_keys_are_secrets_and_never_environment(checkout: dict[str, Any]) -> None:
-    assert checkout["secrets"] == ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+    assert set(checkout["secrets"]) == {"API_KEYS", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     assert not [name for name in checkout["envs"] if "KEY" in name]
 
 
@@ -142,24 +124,29 @@ def probe_path() -> str:
     return path
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Path:
-    (tmp_path / "predict.py").write_text(ASKS_ITSELF)
-    assert generate_schema.main(["--root", str(tmp_path)]) == 0
-    return tmp_path
+def test_the_callers_keys_are_what_opens_the_door(checkout: dict[str, Any]) -> None:
+    assert "ALLOW_ANONYMOUS" not in checkout["envs"]
+    assert "exec python -m gateway" in TASK.read_text()
 
 
 def test_a_replica_is_ready_once_the_model_is_loaded_and_not_before(
-    runner: Path, probe_path: str
+    gateway_environment: dict[str, str], tmp_path: Path, probe_path: str
 ) -> None:
-    with CogServer({"PROBE": probe_path}, cwd=runner) as server:
-        server.wait_for_log("probed while loading: 503")
+    held = tmp_path / "held"
+    held.touch()
+    environment = {**gateway_environment, "HOLD_SETUP": str(held)}
+    runner = small_runner(tmp_path / "runner")
+    with GatewayServer(environment, runner, wait_until_ready=False) as gateway:
+        assert gateway.get(probe_path).status_code == 503
+        held.unlink()
+        gateway.until(lambda: gateway.get(probe_path).status_code == 200)
 
-        assert server.health()["status"] == "READY"
-        assert server.request("GET", probe_path).status == 200
 
-
-def test_a_replica_that_could_not_load_is_never_ready(runner: Path, probe_path: str) -> None:
-    with CogServer({"PROBE": probe_path, "FAIL": "1"}, cwd=runner) as server:
-        assert server.health()["status"] == "SETUP_FAILED"
-        assert server.request("GET", probe_path).status == 503
+def test_a_replica_that_could_not_load_is_never_ready(
+    gateway_environment: dict[str, str], tmp_path: Path, probe_path: str
+) -> None:
+    environment = {**gateway_environment, "FAIL_SETUP": "1"}
+    runner = small_runner(tmp_path / "runner")
+    with GatewayServer(environment, runner, wait_until_ready=False) as gateway:
+        gateway.until(lambda: gateway.get("/status").json()["state"] == "setup_failed")
+        assert gateway.get(probe_path).status_code == 503
