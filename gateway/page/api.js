@@ -71,7 +71,7 @@ export function put(id, input, signal) {
   return ask(`predictions/${encodeURIComponent(id)}`, {
     method: "PUT",
     body: write({ input }),
-    headers: { "Content-Type": "application/json", Accept: "text/event-stream", Prefer: "respond-async" },
+    headers: { "Content-Type": "application/json", Accept: "text/event-stream", Prefer: "respond-async", "X-Requested-By": "page" },
     signal,
   });
 }

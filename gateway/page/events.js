@@ -16,10 +16,7 @@ export async function* eventsOf(response) {
       const complete = text.endsWith("\r") ? text.slice(0, -1) : text;
       const blocks = complete.split(/\r\n\r\n|\n\n|\r\r/);
       rest = blocks.pop() + text.slice(complete.length);
-      for (const block of blocks) {
-        const event = readBlock(block);
-        if (event) yield event;
-      }
+      for (const block of blocks) yield readBlock(block);
     }
   } catch (error) {
     if (error instanceof SyntaxError || error.name === "AbortError") throw error;
@@ -37,5 +34,6 @@ function readBlock(block) {
     if (field === "event") name = value;
     if (field === "data") data.push(value);
   }
-  return data.length ? { name, data: parse(data.join("\n")) } : null; // comments keep connections open
+  // A comment is a sign of life and nothing else.
+  return data.length ? { name, data: parse(data.join("\n")) } : { name: "comment", data: null };
 }

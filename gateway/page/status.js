@@ -6,7 +6,8 @@ import { Waterfall, progress, summary } from "./waterfall.js";
 
 const SOON_MS = 700;
 const LATE_MS = 5000;
-const SERVING_MS = 15_000;
+const READY_MS = 15_000;
+const BUSY_MS = 2000;
 const REDRAW_MS = 200;
 
 const PILLS = {
@@ -88,7 +89,8 @@ export class ModelStatus extends EventTarget {
       this.dispatchEvent(new CustomEvent("asked", { detail: { changed } }));
       // A live waterfall is worth asking for often; a server in trouble is not.
       const calm = this.now.state === "starting" && this.now.cold_start ? 1500 : LATE_MS;
-      pause = this.serving ? SERVING_MS : changed ? SOON_MS : Math.min(pause * 1.4, calm);
+      if (this.serving) pause = this.now.state === "ready" ? READY_MS : BUSY_MS;
+      else pause = changed ? SOON_MS : Math.min(pause * 1.4, calm);
       await wait(document.hidden ? 4 * pause : pause, this.#nudge.signal).catch(() => {});
     }
   }
@@ -117,7 +119,8 @@ export class ModelStatus extends EventTarget {
     }
     byId("trouble-reason").hidden = !reason;
     byId("trouble-reason").textContent = reason ?? "";
-    const draws = coldStart?.phases?.length && ["starting", "setup_failed"].includes(state);
+    // Until the next start writes its own, there is the record of the one before.
+    const draws = coldStart?.phases?.length && coldStart.ready_after_s === null && ["starting", "setup_failed"].includes(state);
     if (draws) this.#waterfall.show(coldStart, state === "starting" ? since : 0);
     byId("trouble-waterfall").hidden = !draws;
     this.#drawMeter(state, coldStart);

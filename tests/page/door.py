@@ -114,12 +114,12 @@ class Door:
     async def make(self, prediction: Prediction) -> None:
         """Run one prediction as Cog tells of it."""
         answer = prediction.answer
-        input = answer["input"]
+        wanted = answer["input"]
         await self._step()
         answer["status"] = "processing"
         prediction.events.append(("start", {"id": answer["id"], "status": "processing"}))
-        first = input.get("seed", RANDOM_SEED)
-        for image in range(input.get("num_outputs", 1)):
+        first = wanted.get("seed", RANDOM_SEED)
+        for image in range(wanted.get("num_outputs", 1)):
             for step in range(1, STEPS + 1):
                 await self._step()
                 if prediction.canceled:
@@ -129,8 +129,8 @@ class Door:
                     self._complete(prediction, status="failed", error=self.failure)
                     return
                 told = {"image": image, "seed": first + image, "step": step, "steps": STEPS}
-                if input.get("previews"):
-                    told["preview"] = self._preview(input, first + image, step / STEPS)
+                if wanted.get("previews"):
+                    told["preview"] = self._preview(wanted, first + image, step / STEPS)
                 self._metric(prediction, "progress", told)
             url = self.url_of(answer["id"], image)
             self._metric(prediction, "stored", {"image": image, "seed": first + image, "url": url})
@@ -181,8 +181,25 @@ def _answer(id: str, input: dict[str, Any]) -> dict[str, Any]:
 def application(door: Door) -> Any:
     app = FastAPI(openapi_url=None)
     app.include_router(page_router([door.images]))
-    running: set[asyncio.Task[None]] = set()
+    _tell(app, door)
+    _look_up(app, door)
+    _make(app, door)
 
+    # Not as FastAPI's middleware, through which a stream that breaks off would look like one that ended.
+    async def guard(scope: Any, receive: Any, send: Any) -> None:
+        answer: Any = app
+        if scope["type"] == "http" and scope["path"].startswith("/predictions"):
+            door.asked.append((scope["method"], scope["path"]))
+            if door.out_of_reach:
+                answer = Response(status_code=502)
+            elif door.key and Request(scope).headers.get("Authorization") != f"Bearer {door.key}":
+                answer = JSONResponse({"detail": "A key is needed."}, 401)
+        await answer(scope, receive, send)
+
+    return guard
+
+
+def _tell(app: FastAPI, door: Door) -> None:
     @app.get("/openapi.json")
     async def schema() -> Response:
         return Response(SCHEMA.read_bytes(), media_type="application/json")
@@ -202,6 +219,8 @@ def application(door: Door) -> Any:
             }
         return told
 
+
+def _look_up(app: FastAPI, door: Door) -> None:
     @app.get("/predictions")
     async def recent(limit: int = 20, before: str | None = None) -> dict[str, Any]:
         newest = sorted(
@@ -211,6 +230,16 @@ def application(door: Door) -> Any:
         page = [door.signed_anew(prediction) for prediction in newest[start : start + limit]]
         more = start + limit < len(newest)
         return {"predictions": page, "before": str(start + limit) if more else None}
+
+    @app.get("/predictions/{id}")
+    async def get(id: str) -> Response:
+        if id not in door.predictions:
+            return JSONResponse({"detail": "There is no such prediction."}, 404)
+        return JSONResponse(door.signed_anew(door.predictions[id]))
+
+
+def _make(app: FastAPI, door: Door) -> None:
+    running: set[asyncio.Task[None]] = set()
 
     @app.put("/predictions/{id}")
     async def put(id: str, request: Request, accept: str = Header("")) -> Response:
@@ -232,26 +261,7 @@ def application(door: Door) -> Any:
         prediction = door.predictions[id]
         if prediction.over or "text/event-stream" not in accept:
             return JSONResponse(door.signed_anew(prediction), 200 if prediction.over else 202)
-        return StreamingResponse(stream(prediction), media_type="text/event-stream")
-
-    async def stream(prediction: Prediction) -> AsyncIterator[str]:
-        cut, told = door.cut, 0
-        while True:
-            if door.cut != cut:
-                raise ConnectionResetError("cut, as the test commands")
-            while told < len(prediction.events):
-                name, data = prediction.events[told]
-                told += 1
-                yield f"event: {name}\ndata: {json.dumps(data)}\n\n"
-            if prediction.over:
-                return
-            await asyncio.sleep(0.01)
-
-    @app.get("/predictions/{id}")
-    async def get(id: str) -> Response:
-        if id not in door.predictions:
-            return JSONResponse({"detail": "There is no such prediction."}, 404)
-        return JSONResponse(door.signed_anew(door.predictions[id]))
+        return StreamingResponse(_stream(door, prediction), media_type="text/event-stream")
 
     @app.post("/predictions/{id}/cancel")
     async def cancel(id: str) -> Response:
@@ -261,18 +271,19 @@ def application(door: Door) -> Any:
         door.let()
         return JSONResponse({})
 
-    # Not as FastAPI's middleware, through which a stream that breaks off would look like one that ended.
-    async def guard(scope: Any, receive: Any, send: Any) -> None:
-        answer: Any = app
-        if scope["type"] == "http" and scope["path"].startswith("/predictions"):
-            door.asked.append((scope["method"], scope["path"]))
-            if door.out_of_reach:
-                answer = Response(status_code=502)
-            elif door.key and Request(scope).headers.get("Authorization") != f"Bearer {door.key}":
-                answer = JSONResponse({"detail": "A key is needed."}, 401)
-        await answer(scope, receive, send)
 
-    return guard
+async def _stream(door: Door, prediction: Prediction) -> AsyncIterator[str]:
+    cut, told = door.cut, 0
+    while True:
+        if door.cut != cut:
+            raise ConnectionResetError("cut, as the test commands")
+        while told < len(prediction.events):
+            name, data = prediction.events[told]
+            told += 1
+            yield f"event: {name}\ndata: {json.dumps(data)}\n\n"
+        if prediction.over:
+            return
+        await asyncio.sleep(0.01)
 
 
 def image_application(door: Door) -> FastAPI:
@@ -281,10 +292,10 @@ def image_application(door: Door) -> FastAPI:
 
     @app.get("/{name}.webp")
     async def image(name: str, signature: int) -> Response:
-        id, _, k = name.rpartition("-")
-        if signature < door.signature or id not in door.predictions:
+        made, _, k = name.rpartition("-")
+        if signature < door.signature or made not in door.predictions:
             return Response(status_code=403)
-        answer = door.predictions[id].answer
+        answer = door.predictions[made].answer
         seed = answer["metrics"].get("seed", answer["input"].get("seed", RANDOM_SEED))
         return Response(
             encoded(door.picture(answer["input"], seed + int(k))), media_type="image/webp"

@@ -1,4 +1,4 @@
-"""Cold starts as the runner writes them, for the page to draw: by the code that writes them, on a clock of their own."""
+"""Cold starts for the page to draw, as the runner writes them: by the same code, on a clock of their own."""
 
 from __future__ import annotations
 

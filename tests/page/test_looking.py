@@ -86,7 +86,7 @@ def test_a_setup_that_failed_says_why(door: Door, open_page: Open) -> None:
 @pytest.mark.parametrize(
     ("state", "title"),
     [
-        ("dead", "The model’s process has ended"),
+        ("dead", "The model\u2019s process has ended"),
         ("stopping", "This server is about to stop"),
         ("stopped", "This server has stopped"),
     ],

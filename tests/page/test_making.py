@@ -297,7 +297,10 @@ def test_by_keyboard_alone(door: Door, open_page: Open) -> None:
 
     sent = [json.loads(body)["input"] for body in door.bodies]
     assert sent[0] == {
-        "prompt": "a fox", "aspect_ratio": "16:9", "num_outputs": 2, "seed": 41,
+        "prompt": "a fox",
+        "aspect_ratio": "16:9",
+        "num_outputs": 2,
+        "seed": 41,
         "previews": True,
     }
     assert (sent[1]["prompt"], sent[1]["seed"]) == ("a fox at dusk", 41)
