@@ -98,8 +98,8 @@ def _spans(listed: object) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
     """Name and seconds of each entry that has both; a name is a label's value, so there is a limit to both."""
     names: set[str] = set()
     for entry in listed if isinstance(listed, list) else []:
-        if not isinstance(entry, Mapping):
-            continue
+        if not isinstance(entry, Mapping) or entry.get("in_progress"):
+            continue  # what goes on has no length yet
         name = label(entry.get("name"))
         start, end = amount(entry.get("start_s")), amount(entry.get("end_s"))
         if not name or start is None or end is None or end < start:

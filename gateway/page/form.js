@@ -58,6 +58,7 @@ export class Form {
       if (NOT_SHOWN.includes(input.name)) continue;
       byId(PLACES[input.name] ?? "field-more").append(field(input));
     }
+    byId("field-hint").hidden = true;
     byId("more").hidden = byId("field-more").childElementCount === 0;
     this.#fill(this.#remembered());
   }

@@ -81,6 +81,7 @@ function ask(wrong, isGood) {
 
 function keep(candidate, lasting) {
   key = candidate;
+  document.dispatchEvent(new Event("keychange"));
   tab.set(NAME, candidate);
   if (lasting) browser.set(NAME, candidate);
   else browser.forget(NAME);

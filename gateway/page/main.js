@@ -8,7 +8,7 @@ import { inputsOf } from "./schema.js";
 import { ModelStatus } from "./status.js";
 import { Studio } from "./studio.js";
 
-const LONGEST_PAUSE_MS = 8000;
+const LONGEST_PAUSE_MS = 2000;
 
 const model = new ModelStatus();
 const context = {

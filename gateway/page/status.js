@@ -42,6 +42,7 @@ export class ModelStatus extends EventTarget {
     super();
     byId("trouble-waterfall").append(this.#waterfall.element);
     document.addEventListener("visibilitychange", () => this.refresh());
+    document.addEventListener("keychange", () => this.refresh()); // more is told to those who have one
     setInterval(() => this.#draw(), REDRAW_MS);
     this.#poll();
   }

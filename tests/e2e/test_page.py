@@ -41,7 +41,8 @@ def test_from_a_model_that_loads_to_pictures_in_the_gallery(
             phases = page.get_by_role("list", name="Phases of the start")
             expect(phases).to_contain_text("Load libraries", timeout=MODEL_MS)
             page.get_by_label("Prompt", exact=True).fill("a fox")
-            expect(page.get_by_label("Seed")).to_be_visible()
+            # A server that loads may not describe its inputs yet.
+            expect(page.get_by_label("Seed")).to_be_visible(timeout=MODEL_MS)
             page.get_by_label("Seed").fill(str(LONG_SEED))
             page.get_by_role("radio", name="2", exact=True).check()
             page.get_by_role("button", name="Generate", exact=True).click()

@@ -263,6 +263,18 @@ def test_a_document_with_thousands_of_phases_does_not_make_as_many_series() -> N
     assert len(facts.phases) == MOST_PHASES
 
 
+def test_a_phase_that_goes_on_has_no_length_yet() -> None:
+    phases = [
+        {"name": "manifest", "start_s": 0, "end_s": 1},
+        {"name": "bytes", "start_s": 1, "end_s": 3, "bytes": 5, "in_progress": True},
+    ]
+
+    facts = read_start({"phases": phases})
+
+    assert facts.phases == {"manifest": 1}
+    assert facts.weights_bytes is None
+
+
 def test_openmetrics_is_given_to_who_accepts_it() -> None:
     metrics = new_metrics()
     play(metrics)

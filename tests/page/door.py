@@ -59,6 +59,8 @@ class Door:
         self.reason: str | None = None
         self.cold_start: dict[str, Any] | None = None
         self.waiting = 0
+        self.describes = True
+        """Whether it knows what the model takes: the gateway does once the model has been loaded."""
         self.refusals: list[Refusal] = []
         """Given to the next predictions that are asked for, one each."""
         self.failure: str | None = None
@@ -202,6 +204,8 @@ def application(door: Door) -> Any:
 def _tell(app: FastAPI, door: Door) -> None:
     @app.get("/openapi.json")
     async def schema() -> Response:
+        if not door.describes:
+            return JSONResponse({"detail": "The model is not ready."}, 503)
         return Response(SCHEMA.read_bytes(), media_type="application/json")
 
     @app.get("/status")

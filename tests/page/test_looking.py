@@ -73,6 +73,22 @@ def test_a_reload_while_a_wish_waits_for_the_model(door: Door, open_page: Open) 
     assert len(door.predictions) == 1
 
 
+def test_fields_come_with_the_model_as_they_were_filled_in(door: Door, open_page: Open) -> None:
+    page = open_page()
+    page.get_by_label("Seed").fill("41")
+    door.state, door.describes = "starting", False
+    page.reload()
+    expect(page.get_by_text("The other choices come with the model.")).to_be_visible()
+    page.get_by_label("Prompt", exact=True).fill("a fox")
+
+    door.state, door.describes = "ready", True
+
+    expect(page.get_by_label("Seed")).to_have_value("41")
+    expect(page.get_by_text("The other choices come with the model.")).to_be_hidden()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a fox")
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+
+
 def test_a_setup_that_failed_says_why(door: Door, open_page: Open) -> None:
     door.state, door.cold_start = "setup_failed", failed()
     door.reason = "access denied on s3://models/demo/latest.json: check MODEL_PATH"
@@ -124,6 +140,17 @@ def test_the_key_is_asked_for(door: Door, open_page: Open) -> None:
     expect(dialog).to_be_hidden()
 
 
+def test_what_only_those_with_a_key_may_see_comes_with_it(door: Door, open_page: Open) -> None:
+    door.key, door.state, door.reason = "gw_secret", "setup_failed", "the bucket refused"
+    page = open_page()
+    expect(page.locator("#trouble-title")).to_have_text("The model could not be loaded")
+    expect(page.locator("#trouble-reason")).to_be_hidden()
+
+    give_key(page, "gw_secret")
+
+    expect(page.get_by_label("The reason")).to_have_text("the bucket refused")
+
+
 def test_a_key_is_remembered_where_the_person_says_so(door: Door, open_page: Open) -> None:
     door.key = "gw_secret"
     page = open_page()
@@ -144,6 +171,7 @@ def test_whoever_has_no_key_can_come_back_to_it(door: Door, open_page: Open) -> 
     page = open_page()
     page.get_by_role("button", name="Not now").click()
     generate(page, "a fox")
+    expect(page.get_by_label("Key", exact=True)).to_be_focused()
     page.keyboard.press("Escape")
 
     expect(page.get_by_role("heading", name="A key is needed")).to_be_visible()
