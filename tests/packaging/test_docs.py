@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from demo.tutorial import curl_command
+from gateway.settings import GatewaySettings
 from scripts import generate_schema
-from settings import RunnerSettings, SourceSettings, StorageSettings
+from settings import SourceSettings, StorageSettings
 from tests.support.cog_server import CogServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +45,11 @@ class Runner(BaseRunner):
 
 
 def table(page: str, heading: str) -> list[list[str]]:
-    """The rows of the first table after a heading, without its own two head rows."""
-    section = page.split(f"\n## {heading}\n", 1)[1]
-    rows = re.findall(r"^\|(.*)\|$", section.split("\n## ")[0], re.MULTILINE)
-    return [[cell.strip() for cell in row.split(" | ")] for row in rows[2:]]
+    """The rows of the tables under a heading, without their two head rows."""
+    section = page.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", section, re.MULTILINE)
+    rows = [row.strip("|") for found in tables for row in found.splitlines()[2:]]
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows]
 
 
 def bare(cell: str) -> str:
@@ -56,12 +58,13 @@ def bare(cell: str) -> str:
 
 def test_every_variable_has_its_row_in_the_readme() -> None:
     rows = {bare(name): bare(default) for name, default, _ in table(README, "Environment")}
-    fields = {str(field.validation_alias): field for field in RunnerSettings.model_fields.values()}
+    fields = {str(field.validation_alias): field for field in GatewaySettings.model_fields.values()}
 
     assert rows.keys() == fields.keys()
     for name, field in fields.items():
         assert (rows[name] == "required") == field.is_required(), name
-        if isinstance(field.default, int) or field.default == "auto":
+        is_number = isinstance(field.default, int) and not isinstance(field.default, bool)
+        if is_number or field.default == "auto":
             assert rows[name] == str(field.default)
 
 
