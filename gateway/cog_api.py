@@ -106,7 +106,7 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
             raise wrong_input(problem("prediction ID must match the ID supplied in the URL", "id"))
         prediction_id = given_id or asked.id
         background = "respond-async" in prefers(request)
-        running_before = prediction_id is not None and desk.has(prediction_id)
+        running_before = prediction_id is not None and desk.would_join(prediction_id)
         prediction = await desk.submit(
             Wanted(
                 asked.input,

@@ -23,7 +23,7 @@ from gateway.keys import KeyName
 from gateway.ledger import Ledger
 from gateway.line import Line, LineFullError
 from gateway.metrics import Metrics
-from gateway.prediction import Prediction
+from gateway.prediction import Prediction, iso
 from gateway.refusals import Refused, problem, wrong_input
 from gateway.run import Leaving, Run
 from gateway.tracing import Tracing
@@ -36,6 +36,7 @@ LONGEST_ID = 512  # characters
 # Until the model is there, or another replica is: nobody knows, and asking costs little.
 COME_BACK_S = 5.0
 LAST_WEBHOOKS_S = 5.0
+MOST_TOLD = 10_000
 
 Got = TypeVar("Got")
 
@@ -91,6 +92,7 @@ class Desk:
         self._live: dict[str, Run] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._inputs: tuple[int, Inputs] | None = None
+        self._told: dict[tuple[str, str | None], None] = {}
 
     # What is measured of it.
 
@@ -137,9 +139,9 @@ class Desk:
                 running.prediction.background |= wanted.background
                 await running.settled()
                 return running.prediction
-            await (
-                running.prediction.ended()
-            )  # its last caller has just left; this one wants it after all
+            # Its last caller has just left; this one wants it after all, once it is out of the way. Its task, not its
+            # end: a moment lies between them, in which this loop would turn for ever.
+            await asyncio.wait({running.task})
         if not self.open:
             return await self._earlier(wanted, record)
         try:
@@ -237,6 +239,10 @@ class Desk:
         self, webhook: Webhook, event: WebhookEvent, answer: dict[str, Any], number: int = 0
     ) -> None:
         """Tell a prediction's caller, and note it when that was the end of it."""
+        if event == "completed":
+            self._told[answer["id"], answer.get("completed_at")] = None
+            while len(self._told) > MOST_TOLD:
+                del self._told[next(iter(self._told))]
         with self.tracing.step("webhook", outward=True):
             delivered = await self.webhooks.send(webhook.url, event, answer, number)
         self.metrics.webhook(event, delivered)
@@ -246,9 +252,18 @@ class Desk:
             except ImagesError as error:
                 _log.warning("a webhook was delivered, and may be sent again: %s", error)
 
+    def has_told(self, prediction_id: str, completed_at: datetime | None) -> bool:
+        """Whether this end was told here, is being told, or was given up: not to be begun again by the sweep."""
+        return (prediction_id, iso(completed_at)) in self._told
+
     def has(self, prediction_id: str) -> bool:
         """Whether it is under way here."""
         return prediction_id in self._live
+
+    def would_join(self, prediction_id: str) -> bool:
+        """Whether who asks for it now gets one that is under way for somebody else."""
+        running = self._live.get(prediction_id)
+        return running is not None and not running.is_leaving
 
     def is_elsewhere(self, prediction: Prediction) -> bool:
         """Whether another replica makes it."""

@@ -62,13 +62,13 @@ class Prediction:
             "status": self.status,
             "logs": self.logs,
             "metrics": self.metrics,
-            "created_at": _iso(self.record.created_at),
+            "created_at": iso(self.record.created_at),
         }
         known = {
             "output": self.output,
             "error": self.error,
-            "started_at": _iso(self.started_at),
-            "completed_at": _iso(self.completed_at),
+            "started_at": iso(self.started_at),
+            "completed_at": iso(self.completed_at),
         }
         return told | {name: value for name, value in known.items() if value is not None}
 
@@ -109,10 +109,19 @@ class Prediction:
         self.status, self.output, self.error, self.logs = "starting", None, None, ""
         self.metrics, self.started_at, self.completed_at = {}, None, None
 
+    def refuse(self, refused: Refused) -> None:
+        """Give its callers this in place of an answer; those who have begun to read its events learn it as its end."""
+        self.refusal = refused
+        self.finish("failed", error=str(refused))
+
     def end(self) -> None:
-        """Tell everybody who waits. Safe to call again."""
-        if not self._ended:
-            self._ended = True
+        """Tell everybody who waits. Safe to call again. What goes on elsewhere ends here without `completed`."""
+        if self._ended:
+            return
+        self._ended = True
+        if self.completed_at is None:
+            self._wake()
+        else:
             self._publish(Event("completed", self.answer()))
 
     async def ended(self) -> None:
@@ -133,9 +142,12 @@ class Prediction:
 
     def _publish(self, event: Event) -> None:
         self._events.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
 
-def _iso(moment: datetime | None) -> str | None:
+def iso(moment: datetime | None) -> str | None:
     return None if moment is None else moment.isoformat().replace("+00:00", "Z")

@@ -120,9 +120,9 @@ class Run:
             try:
                 await self._through()
             except Refused as refused:
-                prediction.refusal = refused
+                prediction.refuse(refused)
             except ImagesError as error:
-                prediction.refusal = self._desk.bucket_refused(error)
+                prediction.refuse(self._desk.bucket_refused(error))
             except Exception:  # noqa: BLE001 - whoever waits is told, whatever it was
                 _log.exception("unexpected error")
                 prediction.finish("failed", error="the server made a mistake; its log says which")

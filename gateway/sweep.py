@@ -12,13 +12,13 @@ from datetime import UTC, datetime, timedelta
 
 from gateway.desk import Desk
 from gateway.line import LineFullError
-from images.errors import ImagesError
+from gateway.refusals import Refused
+from images.errors import ImagesError, LostLeaseError
 from images.records import Claimed, Stored
 
 EVERY_S = 30.0
 HORIZON = timedelta(hours=24)
 PAGE = 100
-# At a start everything within the horizon is looked at, and later the newest.
 MOST_PAGES = 50
 # A prediction nobody waits for any more is not made; its caller may come back for it until then.
 NOBODY_CAME_S = 600.0
@@ -41,11 +41,10 @@ class Sweep:
         self._complained = False
 
     async def run(self) -> None:
-        pages = MOST_PAGES
+        back_to = datetime.now(UTC) - HORIZON
         while True:
             looked_while_serving = self._desk.status.serving
-            if await self._look(pages) and looked_while_serving:
-                pages = 1
+            back_to = await self._look(back_to)
             await self._pause(until_serving=not looked_while_serving)
 
     async def _pause(self, *, until_serving: bool) -> None:
@@ -56,17 +55,18 @@ class Sweep:
                 while not (until_serving and status.serving):
                     status = await self._desk.cog.wait_for_change(status)
 
-    async def _look(self, pages: int) -> bool:
-        """Whether all of it was looked at."""
-        before = None
+    async def _look(self, back_to: datetime) -> datetime:
+        """Look at what was asked for since `back_to`; returns since when there is something left for the next time."""
+        before, left = None, datetime.now(UTC)
         try:
-            for _ in range(pages):
+            for _ in range(MOST_PAGES):
                 page = await self._desk.ledger.recent(PAGE, before)
                 for stored in page.stored:
-                    await self._look_at(stored)
+                    if await self._look_at(stored):
+                        left = min(left, stored.record.created_at)
                 before = page.before
                 oldest = page.stored[-1].record.created_at if page.stored else None
-                if before is None or (oldest and oldest < datetime.now(UTC) - HORIZON):
+                if before is None or (oldest and oldest < back_to):
                     break
         except ImagesError as error:
             if not self._complained:
@@ -75,25 +75,39 @@ class Sweep:
                     error,
                 )
             self._complained = True
-            return False
+            return back_to
         self._complained = False
-        return True
+        return max(left, datetime.now(UTC) - HORIZON)
 
-    async def _look_at(self, stored: Stored) -> None:
+    async def _look_at(self, stored: Stored) -> bool:
+        """Do what is due; whether there may be more to do later."""
         record = stored.record
-        if self._desk.has(record.id) or self._desk.draining:
-            return
-        if stored.abandoned:
-            if record.background:
-                await self._take_over(stored)
-            elif stored.age > record.lease_seconds + NOBODY_CAME_S:
-                await self._end(stored, "canceled", "its server ended before it was finished")
-        elif (
-            stored.webhook_due and stored.age > self._webhook_left_s and record.webhook is not None
-        ):
+        if self._desk.draining:
+            return True
+        try:
+            if self._desk.has(record.id):
+                pass
+            elif stored.abandoned:
+                if record.background:
+                    await self._take_over(stored)
+                elif stored.age > record.lease_seconds + NOBODY_CAME_S:
+                    await self._end(stored, "canceled", "its server ended before it was finished")
+            elif stored.webhook_due and stored.age > self._webhook_left_s:
+                self._tell(stored)
+        except (LostLeaseError, Refused) as error:
+            # Of this one; the others are not to wait for it.
+            _log.warning("prediction %s is left as it is: %s", record.name, error)
+        return not record.finished or (stored.webhook_due and not self._is_told(stored))
+
+    def _tell(self, stored: Stored) -> None:
+        webhook = stored.record.webhook
+        if webhook is not None and not self._is_told(stored):
             self._desk.in_background(
-                self._desk.send_webhook(record.webhook, "completed", self._desk.answer_of(stored))
+                self._desk.send_webhook(webhook, "completed", self._desk.answer_of(stored))
             )
+
+    def _is_told(self, stored: Stored) -> bool:
+        return self._desk.has_told(stored.record.id, stored.record.completed_at)
 
     async def _take_over(self, stored: Stored) -> None:
         record = stored.record
@@ -119,11 +133,6 @@ class Sweep:
             return
         record = await self._desk.ledger.finish(found, status, error=error)
         _log.warning("prediction %s ended: %s", record.name, error)
-        if record.webhook is not None and stored.record.webhook is not None:
-            again = await self._desk.ledger.get(record.id)
-            if again is not None and again.webhook_due:
-                self._desk.in_background(
-                    self._desk.send_webhook(
-                        record.webhook, "completed", self._desk.answer_of(again)
-                    )
-                )
+        again = await self._desk.ledger.get(record.id)
+        if again is not None and again.webhook_due:
+            self._tell(again)
