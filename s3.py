@@ -33,7 +33,14 @@ class Explanation:
         return f"{self.cause}. {self.advice}"
 
 
-def connect(settings: StorageSettings, *, connections: int = 32, sign: bool = True) -> S3Client:
+def connect(
+    settings: StorageSettings,
+    *,
+    connections: int = 32,
+    sign: bool = True,
+    attempts: int = ATTEMPTS,
+    read_timeout: float = READ_TIMEOUT,
+) -> S3Client:
     """Make a client that retries by itself, for at most `connections` calls at once.
 
     Path-style addressing with a custom endpoint: gateways and caches such as TAG need it, and a host name per
@@ -70,9 +77,9 @@ def connect(settings: StorageSettings, *, connections: int = 32, sign: bool = Tr
         config=Config(
             signature_version="s3v4" if sign else UNSIGNED,
             s3={"addressing_style": style},
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": attempts},
             connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=READ_TIMEOUT,
+            read_timeout=read_timeout,
             max_pool_connections=connections,
             tcp_keepalive=True,
             request_checksum_calculation="when_required",

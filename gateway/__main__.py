@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ from gateway.addresses import Guard, GuardedTransport
 from gateway.app import Parts, build
 from gateway.cog_client import CogClient
 from gateway.cog_process import CogGaveUpError, CogProcess
+from gateway.connections import Connection, allow_files
 from gateway.desk import Desk
 from gateway.ledger import THREADS, Ledger
 from gateway.settings import DOOR_SECRETS, GatewaySettings, load_gateway_settings
@@ -34,7 +36,10 @@ from settings import SettingsError
 # After the grace of those who wait, for answers that are on their way and Cog's own end.
 LAST_S = 5.0
 KEEP_ALIVE_S = 75  # longer than the usual load balancer's, which must be the one to close
-MOST_CONNECTIONS = 2000
+BACKLOG = 2048
+# Records are small: a bucket that takes longer over one is as good as gone, and its callers are to be told.
+BUCKET_ATTEMPTS = 3
+BUCKET_READ_S = 5.0
 EXIT_GAVE_UP = 1
 EXIT_SETTINGS = 2
 
@@ -44,14 +49,44 @@ _log = logging.getLogger("gateway")
 def main() -> int:
     try:
         settings = load_gateway_settings()
+        logs.configure(settings.log_format)
+        allow_files()
+        with listening(settings.host, settings.port) as listener:
+            return asyncio.run(serve(settings, os.environ, listener))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    logs.configure(settings.log_format)
-    return asyncio.run(serve(settings, os.environ))
+    except ListenError as error:
+        _log.error("%s", error)
+        return EXIT_GAVE_UP
 
 
-async def serve(settings: GatewaySettings, environ: Mapping[str, str]) -> int:
+class ListenError(Exception):
+    """Nobody can be served at the address; the message says why, and what to try."""
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Take the port before anything is started for it. Raises ListenError."""
+    is_v6 = ":" in host
+    try:
+        return socket.create_server(
+            (host, port),
+            family=socket.AF_INET6 if is_v6 else socket.AF_INET,
+            backlog=BACKLOG,
+            dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
+        )
+    except OSError as error:
+        # Its own words repeat the address.
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise ListenError(
+            f"cannot listen on port {port} of {host} ({why}): another server may have it, or the machine may not have "
+            "the address. Set PORT and HOST to what is free"
+        ) from error
+
+
+async def serve(
+    settings: GatewaySettings, environ: Mapping[str, str], listener: socket.socket
+) -> int:
     """Serve until SIGTERM or SIGINT, or until Cog's server is given up; returns the exit code."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -60,19 +95,19 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str]) -> int:
         server = _Server(
             uvicorn.Config(
                 build(parts),
-                host=settings.host,
-                port=settings.port,
+                http=Connection,
+                ws="none",
                 log_config=None,
                 access_log=False,
                 lifespan="off",
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(LAST_S),
-                limit_concurrency=MOST_CONNECTIONS,
             )
         )
         # The door first: whoever asks while the model loads is told so.
-        serving = asyncio.create_task(server.serve())
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        _log.info("listening on port %d of %s", settings.port, settings.host)
         running = asyncio.create_task(cog.run())
         sweeping = asyncio.create_task(Sweep(parts.desk).run())
         stopped = asyncio.create_task(stop.wait())
@@ -94,8 +129,6 @@ def _exit_code(ended: Sequence[BaseException | None], server: uvicorn.Server) ->
     for failure in ended:
         if isinstance(failure, CogGaveUpError):
             _log.error("%s", failure)
-            return EXIT_GAVE_UP
-        if isinstance(failure, SystemExit):  # uvicorn's way to say that it could not listen
             return EXIT_GAVE_UP
         if failure is not None:
             _log.error("unexpected error", exc_info=failure)
@@ -125,9 +158,7 @@ async def _parts(
                 transport=GuardedTransport(guard), follow_redirects=False, trust_env=False
             )
         )
-        folder = settings.cold_start_folder or Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="cold-start-"))
-        )
+        folder = settings.cold_start_folder or _folder(stack)
         # As Cog's own server, which looks for the runner and its schema where it is started.
         cog = CogProcess(
             health, environment=_cogs_environment(settings, environ, folder), cwd=Path.cwd()
@@ -147,8 +178,19 @@ async def _parts(
         yield Parts(settings, desk, ColdStartFile(folder), guard), cog
 
 
+def _folder(stack: AsyncExitStack) -> Path | None:
+    """For the timeline of the start, which is worth less than the start."""
+    try:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cold-start-")))
+    except OSError as error:
+        _log.warning("the start's timeline is not kept: no folder can be made for it (%s)", error)
+        return None
+
+
 def _ledger(settings: GatewaySettings) -> Ledger:
-    client = connect(settings, connections=THREADS)
+    client = connect(
+        settings, connections=THREADS, attempts=BUCKET_ATTEMPTS, read_timeout=BUCKET_READ_S
+    )
     return Ledger(
         RecordStore(client, settings.image_bucket, settings.image_prefix),
         ImageStore(
@@ -171,13 +213,13 @@ def _webhooks(settings: GatewaySettings, client: httpx.AsyncClient) -> Webhooks:
 
 
 def _cogs_environment(
-    settings: GatewaySettings, environ: Mapping[str, str], cold_start: Path
+    settings: GatewaySettings, environ: Mapping[str, str], cold_start: Path | None
 ) -> dict[str, str]:
     """Ours, without what is the door's alone."""
     return {
         **{name: value for name, value in environ.items() if name not in DOOR_SECRETS},
         "COG_MAX_CONCURRENCY": str(settings.slots),
-        "COLD_START_DIR": str(cold_start),
+        **({} if cold_start is None else {"COLD_START_DIR": str(cold_start)}),
     }
 
 
@@ -194,4 +236,10 @@ class _Server(uvicorn.Server):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # Without waiting for threads that still ask a bucket which does not answer; nothing that is said later would be
+    # recorded. What cannot be written any more (a full disk, a closed pipe) changes no exit code.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

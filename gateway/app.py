@@ -15,11 +15,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from gateway.addresses import Guard
 from gateway.bodies import BodyLimits
 from gateway.callers import Callers
 from gateway.cog_api import cog_router
+from gateway.connections import SECURITY_HEADERS
 from gateway.desk import Desk
 from gateway.documents import Documents
 from gateway.page import page_router
@@ -27,14 +29,6 @@ from gateway.refusals import Refused
 from gateway.settings import GatewaySettings
 from gateway.state import ColdStartFile, state_router
 
-SECURITY_HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-frame-options", b"DENY"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    # The page has its own; nothing else here is meant to be looked at as one.
-    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
-)
 _EXPOSED = ["Retry-After", "WWW-Authenticate", "Location"]
 
 _log = logging.getLogger(__name__)
@@ -58,6 +52,7 @@ def build(parts: Parts) -> Any:
     app.add_exception_handler(Refused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _plain)  # type: ignore[arg-type]
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
     app.include_router(state_router(desk, callers, parts.cold_start, settings.model_path))
     app.include_router(Documents(app, desk).router())
@@ -96,6 +91,9 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Whatever can be got can be asked for its head: uvicorn, which keeps the scope as it came, leaves the body out.
+        method = scope["method"]
+        scope = {**scope, "method": "GET" if method == "HEAD" else method}
         started = time.perf_counter()
         status = HTTPStatus.INTERNAL_SERVER_ERROR.value
         headers = {
@@ -113,15 +111,13 @@ class Observed:
                 ]
             await send(message)
 
-        with self._desk.tracing.request(scope["method"], headers) as span:
+        with self._desk.tracing.request(method, headers) as span:
             try:
                 await self._app(scope, receive, send_with_headers)
             finally:
                 route = getattr(scope.get("route"), "path", "")
                 span.answered(route, status)
-                self._desk.metrics.http(
-                    scope["method"], route, status, time.perf_counter() - started
-                )
+                self._desk.metrics.http(method, route, status, time.perf_counter() - started)
 
 
 def _metrics_router(desk: Desk, callers: Callers, parts: Parts) -> APIRouter:
@@ -169,6 +165,11 @@ async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
 
 async def _plain(_: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    """The caller hung up in the middle of the body: nobody hears this."""
+    return Response(status_code=HTTPStatus.BAD_REQUEST)
 
 
 async def _unexpected(_: Request, error: Exception) -> JSONResponse:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
+from images.errors import RecordError
 from images.prediction import PredictionRecord
 from images.records import Claimed, Existing, Page, RecordStore, Stored
 from images.store import ImageStore
@@ -19,6 +20,8 @@ from images.store import ImageStore
 THREADS = 16
 # A replica that is gone without a word is noticed this much later; one that lives says so three times meanwhile.
 LEASE_S = 30.0
+# The client's own limits are for each of its attempts, and begin when there is a thread.
+ANSWER_WITHIN_S = 10.0
 
 Given = ParamSpec("Given")
 Got = TypeVar("Got")
@@ -67,4 +70,12 @@ class Ledger:
         self, call: Callable[Given, Got], *arguments: Given.args, **named: Given.kwargs
     ) -> Got:
         work = functools.partial(call, *arguments, **named)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        asked = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                return await asked
+        except TimeoutError:
+            raise RecordError(
+                f"the bucket of the predictions' records did not answer within {ANSWER_WITHIN_S:g} s. Check "
+                "AWS_ENDPOINT_URL_S3 and the network"
+            ) from None

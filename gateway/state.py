@@ -27,13 +27,15 @@ COGS_NAMES = {
 class ColdStartFile:
     """The timeline of the start that the Runner leaves; read again when it has changed."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / COLD_START
+    def __init__(self, folder: Path | None) -> None:
+        self._path = folder and folder / COLD_START
         self._seen: tuple[int, int] | None = None
         self._content: dict[str, Any] | None = None
 
     def read(self) -> dict[str, Any] | None:
         """None where there is none, or none that can be read."""
+        if self._path is None:
+            return None
         try:
             told = self._path.stat()
             seen = told.st_mtime_ns, told.st_size
