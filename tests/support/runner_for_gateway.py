@@ -18,7 +18,9 @@ class Runner(BaseRunner):
         if hold := os.environ.get("HOLD_SETUP"):
             while Path(hold).exists():
                 time.sleep(0.02)
-        if os.environ.get("FAIL_SETUP"):
+        # A path fails it for as long as something is there.
+        fail = os.environ.get("FAIL_SETUP", "")
+        if fail and (not fail.startswith("/") or Path(fail).exists()):
             raise RuntimeError("the bucket refused: try another key")
 
     @streaming

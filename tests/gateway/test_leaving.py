@@ -1,0 +1,97 @@
+"""Callers who leave, and those who come for the same prediction at that moment, at the real gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+import pytest
+
+from demo.s3 import EmbeddedS3
+from demo.s3_faults import Fault
+from tests.conftest import Buckets
+from tests.support.gateway_server import TIMEOUT_S, GatewayServer, small_runner
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
+
+
+@pytest.fixture
+def gateway(
+    s3: EmbeddedS3, buckets: Buckets, tmp_path: Path, journal: Path
+) -> Iterator[GatewayServer]:
+    environment = {
+        **s3.environment(),
+        "PUBLIC_BUCKET_NAME": buckets.images,
+        "COG_MAX_CONCURRENCY": "2",
+        "JOURNAL": str(journal),
+    }
+    with GatewayServer(environment, small_runner(tmp_path / "runner")) as running:
+        yield running
+    assert "Traceback" not in running.logs
+
+
+def ask_and_leave(gateway: GatewayServer, prediction_id: str, given: dict[str, object]) -> None:
+    """Hang up once it is under way."""
+    with httpx.Client(base_url=gateway.url, trust_env=False, timeout=TIMEOUT_S) as client:
+        request = client.build_request(
+            "PUT", f"/predictions/{prediction_id}", json={"input": given}
+        )
+        request.headers["Accept"] = "text/event-stream"
+        answer = client.send(request, stream=True)
+        next(line for line in answer.iter_lines() if "start" in line)
+        answer.close()
+
+
+def test_who_comes_while_a_left_prediction_is_put_away_gets_it_made_anew(
+    gateway: GatewayServer, s3: EmbeddedS3, buckets: Buckets, journal: Path
+) -> None:
+    given = {"prompt": "left", "seconds": 1.5}
+    ask_and_leave(gateway, "left", given)
+    # The end of the first is being recorded for as long as it takes the second to come.
+    s3.inject(Fault("hold", method="PUT", bucket=buckets.images, key="predictions/*", times=1))
+    with ThreadPoolExecutor(1) as callers:
+        try:
+            s3.wait_for_held_request()
+            again = callers.submit(gateway.put, "left", given)
+            gateway.until(
+                lambda: (
+                    gateway.get("/predictions/left").json()["status"] == "canceled"
+                    and not again.done()
+                )
+            )
+        finally:
+            s3.clear_faults()
+        answer = again.result(TIMEOUT_S)
+    assert gateway.get("/live").is_success
+    assert answer.status_code == HTTPStatus.OK
+    assert answer.json()["status"] == "succeeded"
+    assert journal.read_text().splitlines() == ["left", "left"]
+
+
+def test_a_caller_who_leaves_a_prediction_to_others_does_not_take_it_from_them(
+    gateway: GatewayServer, journal: Path
+) -> None:
+    given = {"prompt": "shared", "seconds": 1.5}
+    with ThreadPoolExecutor(1) as callers:
+        first = callers.submit(gateway.put, "shared", given)
+        gateway.until(
+            lambda: gateway.get("/predictions/shared").json().get("status") == "processing"
+        )
+        ask_and_leave(gateway, "shared", given)
+        assert first.result(TIMEOUT_S).json()["status"] == "succeeded"
+    assert journal.read_text().splitlines() == ["shared"]
+
+
+def test_what_nobody_waits_for_any_more_frees_its_slot(gateway: GatewayServer) -> None:
+    for name in ("one", "two", "three"):
+        ask_and_leave(gateway, name, {"prompt": name, "seconds": 60})
+    gateway.until(lambda: gateway.get("/status").json()["queue"]["running"] == 0)
+    assert gateway.put("four", {"prompt": "four"}).json()["status"] == "succeeded"
+    for name in ("one", "two", "three"):
+        assert gateway.get(f"/predictions/{name}").json()["status"] == "canceled"
