@@ -107,7 +107,7 @@ async def serve(
         )
         # The door first: whoever asks while the model loads is told so.
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        _log.info("listening on port %d of %s", settings.port, settings.host)
+        _log.info("listening on port %d of %s", listener.getsockname()[1], settings.host)
         running = asyncio.create_task(cog.run())
         sweeping = asyncio.create_task(Sweep(parts.desk).run())
         stopped = asyncio.create_task(stop.wait())

@@ -49,9 +49,9 @@ def _origins(value: object) -> object:
     for origin in origins:
         try:
             parts = urlsplit(origin)
-            whole = f"{parts.scheme}://{parts.netloc}"
-        except ValueError:
-            whole = ""
+        except ValueError:  # an IPv6 address without its end
+            parts = urlsplit("")
+        whole = f"{parts.scheme}://{parts.netloc}"
         if origin != "*" and (parts.scheme not in ("http", "https") or origin != whole):
             raise ValueError(
                 f"must be origins with commas between them, such as https://app.example.com, or *: {origin!r} is none"
@@ -131,7 +131,12 @@ class GatewaySettings(RunnerSettings):
         "MAX_BODY_BYTES", "the largest body of a request", "1048576", default=MEBIBYTE, ge=1024
     )
     body_seconds: float = variable(
-        "BODY_TIMEOUT_SECONDS", "how long a body may take to arrive", "30", default=30.0, gt=0
+        "BODY_TIMEOUT_SECONDS",
+        "how long a body may take to arrive",
+        "30",
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
     )
     grace_seconds: float = variable(
         "SHUTDOWN_GRACE_SECONDS",
@@ -139,6 +144,7 @@ class GatewaySettings(RunnerSettings):
         "25",
         default=25.0,
         ge=0,
+        allow_inf_nan=False,
     )
     allowed_hosts: Annotated[Allowed, BeforeValidator(_allowed)] = variable(
         "ALLOW_PRIVATE_HOSTS",
