@@ -76,8 +76,9 @@ def listening(host: str, port: int) -> socket.socket:
             dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
         )
     except OSError as error:
-        # Its own words repeat the address.
-        why = os.strerror(error.errno) if error.errno else str(error)
+        # Its own words repeat the address, but for a name that has none.
+        is_unknown = isinstance(error, socket.gaierror) or not error.errno
+        why = (error.strerror or str(error)) if is_unknown else os.strerror(error.errno or 0)
         raise ListenError(
             f"cannot listen on port {port} of {host} ({why}): another server may have it, or the machine may not have "
             "the address. Set PORT and HOST to what is free"

@@ -1,0 +1,181 @@
+"""What other gateways left, looked after by a real sweep on a real bucket. Cog's server is off: nothing is made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from demo.s3 import EmbeddedS3
+from gateway import sweep
+from gateway.addresses import Guard, GuardedTransport, parse_allowed
+from gateway.cog_client import CogClient
+from gateway.cog_process import CogProcess
+from gateway.desk import Desk
+from gateway.ledger import Ledger
+from gateway.sweep import Sweep
+from gateway.webhooks import Webhooks
+from images.prediction import PredictionRecord, Webhook
+from images.records import Claimed, RecordStore
+from images.store import ImageStore
+from tests.gateway.watching import TIMEOUT_S, run
+from tests.support.receiver import Receiver, receiver
+
+
+@pytest.fixture
+def bucket(new_bucket: Callable[[], str]) -> str:
+    return new_bucket()
+
+
+@pytest.fixture
+def records(s3: EmbeddedS3, bucket: str) -> RecordStore:
+    """The gateway's that is gone."""
+    return RecordStore(s3.client(), bucket)
+
+
+@asynccontextmanager
+async def sweeping(s3: EmbeddedS3, bucket: str) -> AsyncIterator[Desk]:
+    guard = Guard(parse_allowed("127.0.0.1"))
+    async with (
+        httpx.AsyncClient(trust_env=False) as client,
+        httpx.AsyncClient(transport=GuardedTransport(guard), trust_env=False) as theirs,
+    ):
+        cog = CogProcess(client)
+        ledger = Ledger(
+            RecordStore(s3.client(), bucket), ImageStore(s3.client(), bucket, "", 3600, None)
+        )
+        desk = Desk(
+            cog,
+            CogClient(cog, client),
+            ledger,
+            Webhooks(theirs),
+            slots=1,
+            queue_size=1,
+            prediction_seconds=60.0,
+        )
+        task = asyncio.create_task(Sweep(desk, every_s=0.05, webhook_left_s=0.0).run())
+        try:
+            yield desk
+            assert not task.done()
+        finally:
+            task.cancel()
+            await desk.close(0.0)
+            ledger.close()
+
+
+def left(
+    records: RecordStore, name: str, *, lease_seconds: float = 60.0, claims: int = 1, **fields: Any
+) -> Claimed:
+    record = PredictionRecord.of(name, {"prompt": name}, created_at=datetime.now(UTC), **fields)
+    for claim in reversed(range(claims)):
+        claimed = records.claim(record, lease_seconds if claim == 0 else 0.0)
+        assert isinstance(claimed, Claimed)
+    records.enter(record)
+    return claimed
+
+
+def ended(records: RecordStore, name: str, output: Any = None, **fields: Any) -> None:
+    records.finish(left(records, name, **fields), "succeeded", output=output)
+
+
+def told(receiving: Receiver) -> list[str]:
+    return [message.answer["id"] for message in receiving.messages]
+
+
+async def until(holds: Callable[[], Any]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110 - a bucket tells nobody of its changes
+            await asyncio.sleep(0.02)
+
+
+def test_who_wants_to_hear_no_more_is_not_told_at_every_look(
+    s3: EmbeddedS3, bucket: str, records: RecordStore
+) -> None:
+    async def test() -> None:
+        with receiver() as gone, receiver() as later:
+            gone.statuses = [410]
+            ended(records, "gone", webhook=Webhook(url=gone.url))
+            async with sweeping(s3, bucket):
+                await until(lambda: told(gone))
+                ended(records, "later", webhook=Webhook(url=later.url))
+                await until(lambda: told(later))
+                # Several looks have come and gone by the time a third one is told.
+                ended(records, "last", webhook=Webhook(url=later.url))
+                await until(lambda: len(told(later)) > 1)
+            assert told(gone) == ["gone"]
+            assert told(later) == ["later", "last"]
+
+    run(test)
+
+
+def test_what_is_left_is_found_again_behind_all_that_came_after_it(
+    s3: EmbeddedS3, bucket: str, records: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "PAGE", 2)
+
+    async def test() -> None:
+        # Its gateway may live, as far as the first looks can tell; then it has been tried often enough.
+        left(records, "old", lease_seconds=2.0, claims=sweep.MOST_ATTEMPTS, background=True)
+        for number in range(6):
+            ended(records, f"newer-{number}")
+        async with sweeping(s3, bucket):
+            await until(lambda: _record(records, "old").finished)
+        assert _record(records, "old").status == "failed"
+
+    run(test)
+
+
+def test_once_nothing_is_left_the_newest_are_looked_at_alone(
+    s3: EmbeddedS3, bucket: str, records: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "PAGE", 2)
+
+    async def test() -> None:
+        for number in range(6):
+            ended(records, f"{number}")
+
+        def lists() -> int:
+            return sum("list-type" in request.query for request in s3.requests(bucket))
+
+        def reads(name: str) -> int:
+            key = records.key(name)
+            return sum(
+                (request.method, request.key) == ("GET", key) for request in s3.requests(bucket)
+            )
+
+        async with sweeping(s3, bucket):
+            await until(lambda: reads("0"))
+            before = reads("0")
+            seen = lists()
+            await until(lambda: lists() > seen + 5)
+            assert reads("0") == before
+
+    run(test)
+
+
+def test_one_that_cannot_be_told_does_not_end_the_sweep(
+    s3: EmbeddedS3, bucket: str, records: RecordStore
+) -> None:
+    async def test() -> None:
+        with receiver() as receiving:
+            webhook = Webhook(url=receiving.url)
+            ended(records, "good", webhook=webhook)
+            # What no S3 client signs: an image without a name. It is the newest, and looked at first.
+            broken = f"{s3.endpoint_url}/{bucket}/?X-Amz-Signature=0"
+            ended(records, "broken", [broken], webhook=webhook)
+            async with sweeping(s3, bucket):
+                await until(lambda: told(receiving))
+            assert told(receiving) == ["good"]
+
+    run(test)
+
+
+def _record(records: RecordStore, name: str) -> PredictionRecord:
+    stored = records.get(name)
+    assert stored is not None
+    return stored.record
