@@ -31,6 +31,10 @@ class Callers:
     def may_see(self, request: Request) -> bool:
         return not self.need_key or self.known(request) is not None
 
+    def seal(self, text: str) -> str:
+        """Shows, when it comes back, that this text was told to somebody who had a key."""
+        return self._keys.seal(text)
+
     async def enter(self, request: Request) -> KeyName | None:
         """A dependency: the caller's name, None where no keys are needed. Raises Refused (401)."""
         if not self.need_key:

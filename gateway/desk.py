@@ -28,7 +28,7 @@ from gateway.refusals import Refused, problem, wrong_input
 from gateway.run import Leaving, Run
 from gateway.tracing import Tracing
 from gateway.webhooks import WebhookEvent, Webhooks
-from images.errors import ImagesError
+from images.errors import ImagesError, NoPlaceError
 from images.prediction import PredictionRecord, Webhook
 from images.records import Claimed, Existing, Stored
 
@@ -168,7 +168,10 @@ class Desk:
         self, limit: int, before: str | None
     ) -> tuple[list[dict[str, Any]], str | None]:
         """Answers, newest first, and the place to go on from. Raises Refused."""
-        page = await self._read(self.ledger.recent(limit, before))
+        try:
+            page = await self._read(self.ledger.recent(limit, before))
+        except NoPlaceError as error:
+            raise wrong_input(str(error)) from None
         return [
             running.prediction.answer()
             if (running := self._live.get(stored.record.id)) is not None
@@ -249,6 +252,11 @@ class Desk:
     def has(self, prediction_id: str) -> bool:
         """Whether it is under way here."""
         return prediction_id in self._live
+
+    def find(self, prediction_id: str) -> Prediction | None:
+        """The one that is made here at the moment. None for all others, finished ones among them."""
+        running = self._live.get(prediction_id)
+        return None if running is None or running.is_elsewhere else running.prediction
 
     def is_elsewhere(self, prediction: Prediction) -> bool:
         """Whether another replica makes it."""
@@ -337,6 +345,8 @@ class Desk:
     async def _read(self, reading: Awaitable[Got]) -> Got:
         try:
             return await reading
+        except NoPlaceError:
+            raise
         except ImagesError as error:
             raise self.bucket_refused(error) from error
 

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
+from gateway.callers import Callers
 from gateway.cog_client import CogLostError
 from gateway.desk import COME_BACK_S, Desk
 from gateway.refusals import Refused
+from gateway.schemas import SCHEMAS, ref
 
+# Cog's is 3.0.2, where its `nullable` would mean that inputs may be null. In 3.1 it means nothing, and an input that is
+# null is refused, which is what Cog's server and this one do.
+OPENAPI = "3.1.0"
 # Cog's routes that lead nowhere here: whoever runs the gateway stops it, and the root is a page.
 _HIDDEN = ("/shutdown", "/")
-# Served by both, and described by Cog's document where the model is.
-_COGS_COMPONENTS = ("Input", "Output", "PredictionRequest", "PredictionResponse", "Status")
+_KEY = "key"
 
 
 class Documents:
     """Kept for each life of Cog's server: another life may serve another model."""
 
-    def __init__(self, app: FastAPI, desk: Desk) -> None:
+    def __init__(self, app: FastAPI, desk: Desk, callers: Callers) -> None:
         self._app = app
         self._desk = desk
+        self._callers = callers
         self._life = -1
+        self._cogs: dict[str, Any] | None = None
         self._document: dict[str, Any] | None = None
 
     def router(self) -> APIRouter:
@@ -33,15 +42,19 @@ class Documents:
 
         @router.get("/openapi.json", include_in_schema=False)
         async def openapi() -> Response:
-            return JSONResponse(await self._current())
+            cogs = await self.cogs()
+            if self._document is None:
+                self._document = self._whole(cogs)
+            return JSONResponse(self._document)
 
         return router
 
-    async def _current(self) -> dict[str, Any]:
-        life = self._desk.status.restarts
-        if self._document is None or (life != self._life and self._desk.status.serving):
+    async def cogs(self) -> dict[str, Any]:
+        """What Cog's server says. Raises Refused (503) before it has said anything."""
+        status = self._desk.status
+        if self._cogs is None or (status.restarts != self._life and status.serving):
             try:
-                cogs = await self._desk.client.document() if self._desk.status.serving else None
+                cogs = await self._desk.client.document() if status.serving else None
             except CogLostError:
                 cogs = None
             if cogs is None:
@@ -51,33 +64,80 @@ class Documents:
                     reason="not_serving",
                     retry_after_s=COME_BACK_S,
                 )
-            self._document, self._life = merged(self._own(), cogs), life
-        return self._document
+            self._cogs, self._life, self._document = cogs, status.restarts, None
+        return self._cogs
 
-    def _own(self) -> dict[str, Any]:
-        return get_openapi(
-            title=self._app.title, version="1", routes=self._app.routes, openapi_version="3.1.0"
+    def _whole(self, cogs: dict[str, Any]) -> dict[str, Any]:
+        own = get_openapi(
+            title=self._app.title, version="1", routes=self._app.routes, openapi_version=OPENAPI
         )
+        whole = merged(own, cogs)
+        for path, method, route in self._routes():
+            if (operation := whole["paths"].get(path, {}).get(method)) is not None:
+                self._complete(path, operation, needs_key=self._asks_for_a_key(route.dependant))
+        return whole
+
+    def _routes(self) -> Iterator[tuple[str, str, APIRoute]]:
+        for route in self._app.routes:
+            if isinstance(route, APIRoute):
+                for method in route.methods or ():
+                    yield _plain(route.path), method.lower(), route
+
+    def _asks_for_a_key(self, dependant: Dependant) -> bool:
+        return dependant.call in (self._callers.enter, self._callers.spend) or any(
+            self._asks_for_a_key(inner) for inner in dependant.dependencies
+        )
+
+    def _complete(self, path: str, operation: dict[str, Any], *, needs_key: bool) -> None:
+        """What holds for all operations: their errors, and who may ask for them."""
+        error = (
+            ("application/problem+json", "ReplicateProblem")
+            if path.startswith("/v1/")
+            else ("application/json", "Error")
+        )
+        content = {error[0]: {"schema": ref(error[1])}}
+        answers = operation["responses"]
+        answers.pop("422", None)  # FastAPI's own, which is but one of these
+        answers["4XX"] = {"description": "It is refused, and why", "content": content}
+        for status in HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE:
+            answers.setdefault(
+                str(status.value), {"description": status.phrase, "content": content}
+            )
+        if needs_key and self._callers.need_key:
+            operation["security"] = [{_KEY: []}]
 
 
 def merged(own: dict[str, Any], cogs: dict[str, Any]) -> dict[str, Any]:
     """One document: Cog's routes and components, and what the gateway adds. Inputs are described by Cog."""
     paths = {path: item for path, item in (cogs.get("paths") or {}).items() if path not in _HIDDEN}
     for path, item in own["paths"].items():
-        # FastAPI writes a path parameter's converter, which OpenAPI does not know.
-        plain = path.replace(":path}", "}")
-        paths[plain] = {**item, **paths.get(plain, {})}
-    components = {
-        kind: {**own.get("components", {}).get(kind, {}), **named}
-        for kind, named in (cogs.get("components") or {}).items()
-    }
-    for kind, named in own.get("components", {}).items():
-        components[kind] = {**named, **components.get(kind, {})}
-    if "securitySchemes" not in components:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        theirs = paths.get(_plain(path), {})
+        paths[_plain(path)] = {**theirs, **item} | {
+            method: _both(item[method], theirs[method]) for method in item.keys() & theirs.keys()
+        }
+    schemas = (cogs.get("components") or {}).get("schemas") or {}
     return {
-        "openapi": cogs.get("openapi", own["openapi"]),
+        "openapi": OPENAPI,
         "info": cogs.get("info", own["info"]),
         "paths": paths,
-        "components": components,
+        "components": {
+            # A model without a schema takes anything.
+            "schemas": {"Input": {"type": "object"}, "PredictionResponse": {"type": "object"}}
+            | own.get("components", {}).get("schemas", {})
+            | schemas
+            | SCHEMAS,
+            "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}},
+        },
     }
+
+
+def _both(own: dict[str, Any], cogs: dict[str, Any]) -> dict[str, Any]:
+    """An operation that both describe: Cog's name and extensions, and the gateway's bodies."""
+    return own | {
+        name: told for name, told in cogs.items() if name not in ("requestBody", "responses")
+    }
+
+
+def _plain(path: str) -> str:
+    """FastAPI writes a path parameter's converter, which OpenAPI does not know."""
+    return path.replace(":path}", "}")

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from images.conditional import ChangedError, ConditionalBucket, Document
-from images.errors import LostLeaseError, RecordError
+from images.errors import LostLeaseError, NoPlaceError, RecordError
 from images.prediction import (
     LARGEST_RECORD,
     Outcome,
@@ -229,10 +229,11 @@ class RecordStore:
         """A page of at most `limit` (1 to 1000) predictions that were entered, newest first.
 
         `before` is what the page before it gave; the times are those of the replicas that claimed them. What cannot
-        be understood is left out, with a warning in the log, so a page may be shorter.
+        be understood is left out, with a warning in the log, so a page may be shorter. Raises NoPlaceError for a
+        `before` that no page gave.
         """
         if before is not None and not _CURSOR.fullmatch(before):
-            raise RecordError(f"{before[:100]!r} is no place in the list: pass what a page gave")
+            raise NoPlaceError(f"{before[:100]!r} is no place in the list: pass what a page gave")
         keys, more = self._documents.list(
             self._by_time,
             after=f"{self._by_time}{before}" if before else "",
