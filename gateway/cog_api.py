@@ -23,6 +23,7 @@ from gateway.schemas import answered, requested
 from gateway.waiting import stream, until_end
 from gateway.webhooks import WebhookEvent, check_reachable, check_url
 from images.prediction import Webhook
+from images.records import PLACE
 
 MOST_LISTED = 100
 
@@ -155,6 +156,7 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
     @router.post(
         "/predictions/{prediction_id:path}/cancel",
         summary="Cancel a prediction",
+        responses={HTTPStatus.NOT_FOUND.value: {"description": "There is none to cancel"}},
         dependencies=[Depends(callers.enter)],
     )
     async def cancel(prediction_id: str) -> Response:
@@ -168,7 +170,8 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
         responses=answered(HTTPStatus.OK, "Predictions"),
     )
     async def recent(
-        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20, before: str | None = None
+        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20,
+        before: Annotated[str | None, Query(pattern=PLACE)] = None,
     ) -> Response:
         answers, more = await desk.recent(limit, before)
         return JSONResponse({"predictions": answers, "before": more})

@@ -28,7 +28,7 @@ from gateway.refusals import Refused, problem, wrong_input
 from gateway.run import Leaving, Run
 from gateway.tracing import Tracing
 from gateway.webhooks import WebhookEvent, Webhooks
-from images.errors import ImagesError, NoPlaceError
+from images.errors import ImagesError
 from images.prediction import PredictionRecord, Webhook
 from images.records import Claimed, Existing, Stored
 
@@ -167,11 +167,8 @@ class Desk:
     async def recent(
         self, limit: int, before: str | None
     ) -> tuple[list[dict[str, Any]], str | None]:
-        """Answers, newest first, and the place to go on from. Raises Refused."""
-        try:
-            page = await self._read(self.ledger.recent(limit, before))
-        except NoPlaceError as error:
-            raise wrong_input(str(error)) from None
+        """Answers, newest first, and the place to go on from: `before` is one (records.PLACE). Raises Refused."""
+        page = await self._read(self.ledger.recent(limit, before))
         return [
             running.prediction.answer()
             if (running := self._live.get(stored.record.id)) is not None
@@ -345,8 +342,6 @@ class Desk:
     async def _read(self, reading: Awaitable[Got]) -> Got:
         try:
             return await reading
-        except NoPlaceError:
-            raise
         except ImagesError as error:
             raise self.bucket_refused(error) from error
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
-from fastapi.dependencies.models import Dependant
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 
 from gateway.callers import Callers
 from gateway.cog_client import CogLostError
@@ -18,12 +15,10 @@ from gateway.desk import COME_BACK_S, Desk
 from gateway.refusals import Refused
 from gateway.schemas import SCHEMAS, ref
 
-# Cog's is 3.0.2, where its `nullable` would mean that inputs may be null. In 3.1 it means nothing, and an input that is
-# null is refused, which is what Cog's server and this one do.
+# What FastAPI writes. Cog's is 3.0.2.
 OPENAPI = "3.1.0"
 # Cog's routes that lead nowhere here: whoever runs the gateway stops it, and the root is a page.
 _HIDDEN = ("/shutdown", "/")
-_KEY = "key"
 
 
 class Documents:
@@ -72,23 +67,12 @@ class Documents:
             title=self._app.title, version="1", routes=self._app.routes, openapi_version=OPENAPI
         )
         whole = merged(own, cogs)
-        for path, method, route in self._routes():
-            if (operation := whole["paths"].get(path, {}).get(method)) is not None:
-                self._complete(path, operation, needs_key=self._asks_for_a_key(route.dependant))
+        for path, item in whole["paths"].items():
+            for operation in item.values():
+                self._complete(path, operation)
         return whole
 
-    def _routes(self) -> Iterator[tuple[str, str, APIRoute]]:
-        for route in self._app.routes:
-            if isinstance(route, APIRoute):
-                for method in route.methods or ():
-                    yield _plain(route.path), method.lower(), route
-
-    def _asks_for_a_key(self, dependant: Dependant) -> bool:
-        return dependant.call in (self._callers.enter, self._callers.spend) or any(
-            self._asks_for_a_key(inner) for inner in dependant.dependencies
-        )
-
-    def _complete(self, path: str, operation: dict[str, Any], *, needs_key: bool) -> None:
+    def _complete(self, path: str, operation: dict[str, Any]) -> None:
         """What holds for all operations: their errors, and who may ask for them."""
         error = (
             ("application/problem+json", "ReplicateProblem")
@@ -103,8 +87,8 @@ class Documents:
             answers.setdefault(
                 str(status.value), {"description": status.phrase, "content": content}
             )
-        if needs_key and self._callers.need_key:
-            operation["security"] = [{_KEY: []}]
+        if not self._callers.need_key:
+            operation.pop("security", None)
 
 
 def merged(own: dict[str, Any], cogs: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +108,9 @@ def merged(own: dict[str, Any], cogs: dict[str, Any]) -> dict[str, Any]:
             # A model without a schema takes anything.
             "schemas": {"Input": {"type": "object"}, "PredictionResponse": {"type": "object"}}
             | own.get("components", {}).get("schemas", {})
-            | schemas
+            | {name: _in_31(schema) for name, schema in schemas.items()}
             | SCHEMAS,
-            "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": own.get("components", {}).get("securitySchemes", {}),
         },
     }
 
@@ -136,6 +120,15 @@ def _both(own: dict[str, Any], cogs: dict[str, Any]) -> dict[str, Any]:
     return own | {
         name: told for name, told in cogs.items() if name not in ("requestBody", "responses")
     }
+
+
+def _in_31(schema: Any) -> Any:
+    """Without what would say that an input may be null: Cog's server refuses that, and knows no `nullable`."""
+    if isinstance(schema, list):
+        return [_in_31(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {name: _in_31(inner) for name, inner in schema.items() if name != "nullable"}
 
 
 def _plain(path: str) -> str:

@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -28,6 +28,7 @@ from gateway.replicate_stream import output_stream
 from gateway.schemas import answered, requested, text_answer
 from gateway.waiting import until_end
 from gateway.webhooks import WebhookEvent
+from images.records import PLACE
 
 LONGEST_WAIT_S = 60
 PER_PAGE = 20  # each is a read from the bucket
@@ -46,7 +47,6 @@ class ReplicatePredictionRequest(BaseModel):
     webhook: str | None = None
     webhook_completed: str | None = None
     webhook_events_filter: list[WebhookEvent] | None = None
-    stream: bool | None = None
 
 
 def new_id() -> str:
@@ -134,6 +134,8 @@ class Replicate:
 def replicate_router(desk: Desk, callers: Callers, guard: Guard, models: form.Models) -> APIRouter:
     """The routes."""
     router = APIRouter(prefix="/v1", route_class=form.ReplicateRoute, tags=["replicate"])
+    owners = Path(examples=[owner for owner, _ in models.addressable()])
+    names = Path(examples=[name for _, name in models.addressable()])
     enter, spend = Depends(callers.enter), Depends(callers.spend)
     asks = requested("ReplicatePredictionRequest")
 
@@ -157,7 +159,10 @@ def replicate_router(desk: Desk, callers: Callers, guard: Guard, models: form.Mo
         responses=answered(HTTPStatus.CREATED, "ReplicatePrediction"),
     )
     async def create_by(
-        request: Request, caller: Annotated[KeyName | None, spend], owner: str, name: str
+        request: Request,
+        caller: Annotated[KeyName | None, spend],
+        owner: Annotated[str, owners],
+        name: Annotated[str, names],
     ) -> Response:
         return await replicate.predict(request, caller, models.found(owner, name))
 
@@ -167,7 +172,9 @@ def replicate_router(desk: Desk, callers: Callers, guard: Guard, models: form.Mo
         dependencies=[enter],
         responses=answered(HTTPStatus.OK, "ReplicatePredictions"),
     )
-    async def recent(request: Request, cursor: Annotated[str | None, Query()] = None) -> Response:
+    async def recent(
+        request: Request, cursor: Annotated[str | None, Query(pattern=PLACE)] = None
+    ) -> Response:
         answers, more = await desk.recent(PER_PAGE, cursor)
         here = f"{form.base_url(request)}/v1/predictions"
         next_url = None if more is None else f"{here}?{urlencode({'cursor': more})}"

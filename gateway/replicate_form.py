@@ -76,6 +76,11 @@ class Models:
         """The input of a prediction by that model: it has to be named where there are several."""
         return {**given, "model": path} if len(self.paths) > 1 else given
 
+    def addressable(self) -> list[list[str]]:
+        """Owner and name of those that Replicate's URLs can name; others are named in bodies."""
+        parts = [path.split("/") for path in self.paths]
+        return [owner_and_name for owner_and_name in parts if len(owner_and_name) == 2]
+
     def _choices(self) -> str:
         known = [
             f"{path} (version {version})" if (version := self.version(path)) else path

@@ -3,7 +3,7 @@
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from gateway import replicate_form as form
@@ -20,6 +20,8 @@ def replicate_models_router(
 ) -> APIRouter:
     """The routes."""
     router = APIRouter(prefix="/v1", route_class=form.ReplicateRoute, tags=["replicate"])
+    owners = Path(examples=[owner for owner, _ in models.addressable()])
+    names = Path(examples=[name for _, name in models.addressable()])
     enter = Depends(callers.enter)
 
     async def versions_of(path: str) -> list[dict[str, Any]]:
@@ -36,7 +38,9 @@ def replicate_models_router(
         dependencies=[enter],
         responses=answered(HTTPStatus.OK, "ReplicateModel"),
     )
-    async def model(request: Request, owner: str, name: str) -> Response:
+    async def model(
+        request: Request, owner: Annotated[str, owners], name: Annotated[str, names]
+    ) -> Response:
         path = models.found(owner, name)
         versions = await versions_of(path)
         latest = versions[0] if versions else None
@@ -48,7 +52,7 @@ def replicate_models_router(
         dependencies=[enter],
         responses=answered(HTTPStatus.OK, "ReplicateVersions"),
     )
-    async def versions(owner: str, name: str) -> Response:
+    async def versions(owner: Annotated[str, owners], name: Annotated[str, names]) -> Response:
         return JSONResponse(form.page(await versions_of(models.found(owner, name))))
 
     @router.get(
@@ -57,7 +61,9 @@ def replicate_models_router(
         dependencies=[enter],
         responses=answered(HTTPStatus.OK, "ReplicateVersion"),
     )
-    async def version(owner: str, name: str, version_id: str) -> Response:
+    async def version(
+        owner: Annotated[str, owners], name: Annotated[str, names], version_id: str
+    ) -> Response:
         for one in await versions_of(models.found(owner, name)):
             if one["id"] == version_id:
                 return JSONResponse(one)

@@ -44,7 +44,10 @@ def _problem(**more: Schema) -> Schema:
 
 
 # An explicit null is no value of a model's inputs, but it is one of these.
-_WEBHOOK = {"webhook": _MAYBE_TEXT, "webhook_events_filter": _or_null(_EVENTS)}
+_WEBHOOK = {
+    "webhook": _MAYBE_TEXT,
+    "webhook_events_filter": _or_null(_EVENTS),
+}
 
 SCHEMAS: dict[str, Schema] = {
     "PredictionRequest": _object(
@@ -76,7 +79,6 @@ SCHEMAS: dict[str, Schema] = {
         version=_MAYBE_TEXT,
         model=_MAYBE_TEXT,
         webhook_completed=_MAYBE_TEXT,
-        stream=_or_null({"type": "boolean"}),
         **_WEBHOOK,
     ),
     "ReplicatePrediction": _object(
@@ -131,10 +133,10 @@ def requested(name: str) -> Schema:
 
 
 def answered(status: int, name: str, *, also: str | None = None) -> dict[int | str, Any]:
-    """An operation's answer: JSON of that schema, or text of the media type `also`."""
+    """An operation's answer: JSON of that schema, or what `also` is the media type of."""
     content: Schema = {"application/json": {"schema": ref(name)}}
     if also is not None:
-        content[also] = {"schema": _TEXT}
+        content[also] = {}
     return {int(status): {"description": "Successful Response", "content": content}}
 
 
@@ -142,6 +144,6 @@ def text_answer(*media_types: str) -> dict[int | str, Any]:
     return {
         200: {
             "description": "Successful Response",
-            "content": {name: {"schema": _TEXT} for name in media_types},
+            "content": {name: {} for name in media_types},
         }
     }

@@ -11,9 +11,5 @@ class RecordError(ImagesError):
     """A prediction's record could not be written, read or understood."""
 
 
-class NoPlaceError(RecordError):
-    """What was passed as a place in the list of predictions is none."""
-
-
 class LostLeaseError(RecordError):
     """The prediction is another's by now, or already finished; what the caller has of it must not be recorded."""

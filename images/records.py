@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from images.conditional import ChangedError, ConditionalBucket, Document
-from images.errors import LostLeaseError, NoPlaceError, RecordError
+from images.errors import LostLeaseError, RecordError
 from images.prediction import (
     LARGEST_RECORD,
     Outcome,
@@ -35,7 +35,8 @@ LEASE_SECONDS = 60.0
 LARGEST_PAGE = 1000  # what S3 lists in one answer
 _ATTEMPTS = 10  # at one change, while others keep changing the same record
 _READERS = 8
-_CURSOR = re.compile(r"\d{13}-[A-Za-z0-9._-]{1,80}")
+# What `recent` gives and takes as a place in the list.
+PLACE = r"^[0-9]{13}-[A-Za-z0-9._-]{1,80}$"
 
 _log = logging.getLogger(__name__)
 
@@ -229,11 +230,10 @@ class RecordStore:
         """A page of at most `limit` (1 to 1000) predictions that were entered, newest first.
 
         `before` is what the page before it gave; the times are those of the replicas that claimed them. What cannot
-        be understood is left out, with a warning in the log, so a page may be shorter. Raises NoPlaceError for a
-        `before` that no page gave.
+        be understood is left out, with a warning in the log, so a page may be shorter.
         """
-        if before is not None and not _CURSOR.fullmatch(before):
-            raise NoPlaceError(f"{before[:100]!r} is no place in the list: pass what a page gave")
+        if before is not None and not re.fullmatch(PLACE, before):
+            raise RecordError(f"{before[:100]!r} is no place in the list: pass what a page gave")
         keys, more = self._documents.list(
             self._by_time,
             after=f"{self._by_time}{before}" if before else "",

@@ -46,9 +46,9 @@ class Runner(BaseRunner):
                 os.kill(os.getpid(), signal.SIGKILL)
         if prompt == "fail":
             raise RuntimeError("cannot do that")
-        for index in range(num_outputs):
+        for index in range(int(num_outputs)):
             self.record_metric("progress", {"image": index, "step": 1, "steps": 1})
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(min(seconds, float(os.environ.get("LONGEST_SECONDS", "60"))))
             yield (
                 _stored()
                 if os.environ.get("STORE_IMAGES")
