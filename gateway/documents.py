@@ -128,7 +128,11 @@ def _in_31(schema: Any) -> Any:
         return [_in_31(inner) for inner in schema]
     if not isinstance(schema, dict):
         return schema
-    return {name: _in_31(inner) for name, inner in schema.items() if name != "nullable"}
+    return {
+        name: _in_31(inner)
+        for name, inner in schema.items()
+        if name != "nullable" and not (name == "default" and inner is None)
+    }
 
 
 def _plain(path: str) -> str:

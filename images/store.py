@@ -136,11 +136,8 @@ class ImageStore:
 
         Raises ImagesError, also for a URL of anything else and for more than LARGEST_IMAGE bytes.
         """
-        if self.public_base_url and url.startswith(f"{self.public_base_url.rstrip('/')}/"):
-            key = unquote(url.removeprefix(f"{self.public_base_url.rstrip('/')}/"))
-        elif (known := self._recognized(url)) is not None:
-            key = known[0]
-        else:
+        key = self._key_of(url)
+        if key is None:
             raise ImagesError(
                 f"the prediction's output cannot be read: {url.partition('?')[0]} is no image of bucket {self.bucket}"
             )
@@ -158,6 +155,17 @@ class ImageStore:
             )
         return ReadImage(data, found.get("ContentType", "application/octet-stream"))
 
+    def _key_of(self, url: str) -> str | None:
+        public = f"{self.public_base_url.rstrip('/')}/" if self.public_base_url else None
+        if public is None or not url.startswith(public):
+            known = self._recognized(url)
+            return None if known is None else known[0]
+        key = unquote(url.removeprefix(public))
+        return key if self._is_mine(key) else None
+
+    def _is_mine(self, key: str) -> bool:
+        return bool(key) and key.startswith(f"{self.prefix}/" if self.prefix else "")
+
     def _recognized(self, url: str) -> tuple[str, str] | None:
         """The key that a presigned URL of this store is of, and the URL signed again; None for any other."""
         try:
@@ -167,7 +175,7 @@ class ImageStore:
         # Path style first: the bucket may be named by the host or at the beginning of the path.
         path = unquote(address.path).lstrip("/")
         for key in (path.removeprefix(f"{self.bucket}/"), path):
-            if key and key.startswith(f"{self.prefix}/" if self.prefix else ""):
+            if self._is_mine(key):
                 anew = self._presigned(f"an image of an earlier prediction, {key},", key)
                 if anew.partition("?")[0] == url.partition("?")[0]:
                     return key, anew

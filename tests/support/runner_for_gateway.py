@@ -70,7 +70,12 @@ def _stored() -> str:
     from settings import load_runner_settings
 
     settings = load_runner_settings()
-    store = ImageStore(connect(settings), settings.image_bucket, settings.image_prefix)
+    store = ImageStore(
+        connect(settings),
+        settings.image_bucket,
+        settings.image_prefix,
+        public_base_url=settings.public_base_url,
+    )
     encoded = encode(Image.new("RGB", (1, 1), "red"), "png", 80, {})
     return store.upload(encoded, prediction_id=None, index=0, now=datetime.now(UTC)).url
 
