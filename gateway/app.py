@@ -26,7 +26,12 @@ from gateway.desk import Desk
 from gateway.documents import Documents
 from gateway.page import page_router
 from gateway.refusals import Refused
+from gateway.replicate import replicate_router
+from gateway.replicate_form import Models
+from gateway.replicate_models import replicate_models_router
+from gateway.schemas import text_answer
 from gateway.settings import GatewaySettings
+from gateway.simple import simple_router
 from gateway.state import ColdStartFile, state_router
 
 _EXPOSED = ["Retry-After", "WWW-Authenticate", "Location"]
@@ -55,10 +60,15 @@ def build(parts: Parts) -> Any:
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
     app.include_router(state_router(desk, callers, parts.cold_start, settings.model_path))
-    app.include_router(Documents(app, desk).router())
+    documents = Documents(app, desk, callers)
+    app.include_router(documents.router())
     app.include_router(_metrics_router(desk, callers, parts))
     app.include_router(cog_router(desk, callers, parts.guard))
     app.include_router(page_router(image_origins(settings)))
+    models = Models(settings.model_paths, parts.cold_start)
+    app.include_router(replicate_router(desk, callers, parts.guard, models))
+    app.include_router(replicate_models_router(desk, callers, models, documents))
+    app.include_router(simple_router(desk, callers))
 
     outermost: Any = BodyLimits(
         app, most_bytes=settings.most_body_bytes, seconds=settings.body_seconds
@@ -124,7 +134,12 @@ def _metrics_router(desk: Desk, callers: Callers, parts: Parts) -> APIRouter:
     needs = [] if parts.settings.metrics_without_key else [Depends(callers.enter)]
     router = APIRouter(dependencies=needs)
 
-    @router.get("/metrics", summary="What is counted, for Prometheus")
+    @router.get(
+        "/metrics",
+        summary="What is counted, for Prometheus",
+        response_class=Response,
+        responses=text_answer("text/plain", "application/openmetrics-text"),
+    )
     async def metrics(request: Request) -> Response:
         desk.metrics.cold_start(parts.cold_start.read())
         body, content_type = desk.metrics.exposition(request.headers.get("accept", ""))

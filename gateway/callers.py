@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Request, Security
+from fastapi.security import HTTPBearer
 
 from gateway.keys import KeyName, Keys
 from gateway.metrics import Metrics
 from gateway.rates import Rate, RateLimits, network_of
 from gateway.refusals import Refused
+
+# Only for the document: it says of each route that depends on a key that it does.
+Described = Annotated[Any, Security(HTTPBearer(scheme_name="key", auto_error=False))]
 
 
 class Callers:
@@ -31,7 +36,11 @@ class Callers:
     def may_see(self, request: Request) -> bool:
         return not self.need_key or self.known(request) is not None
 
-    async def enter(self, request: Request) -> KeyName | None:
+    def seal(self, text: str) -> str:
+        """Shows, when it comes back, that this text was told to somebody who had a key."""
+        return self._keys.seal(text)
+
+    async def enter(self, request: Request, _: Described = None) -> KeyName | None:
         """A dependency: the caller's name, None where no keys are needed. Raises Refused (401)."""
         if not self.need_key:
             return None
@@ -49,7 +58,7 @@ class Callers:
             )
         return caller
 
-    async def spend(self, request: Request) -> KeyName | None:
+    async def spend(self, request: Request, _: Described = None) -> KeyName | None:
         """A dependency of what costs the card: `enter`, and a token of the caller's. Raises Refused (401, 429)."""
         caller = await self.enter(request)
         if self._rates is not None:

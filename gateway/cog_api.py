@@ -5,8 +5,9 @@ Bodies and statuses are Cog's (0.23). What a prediction goes through is the desk
 """
 
 import json
+from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -15,14 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from gateway.addresses import AddressRefused, Guard
 from gateway.callers import Callers
 from gateway.desk import Desk, Wanted
-from gateway.event_stream import asks_for_events
+from gateway.event_stream import CONTENT_TYPE, asks_for_events
 from gateway.keys import KeyName
 from gateway.refusals import Refused, problem, wrong_input
+from gateway.schemas import answered, requested
 from gateway.waiting import stream, until_end
 from gateway.webhooks import WebhookEvent, check_reachable, check_url
 from images.prediction import Webhook
+from images.records import PLACE
 
 MOST_LISTED = 100
+
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class PredictionRequest(BaseModel):
@@ -56,11 +61,11 @@ async def read_json(request: Request) -> Any:
         ) from None
 
 
-async def read_prediction(request: Request) -> PredictionRequest:
-    """Raises Refused (400, 415, 422)."""
+async def read_as(request: Request, form: type[Asked]) -> Asked:
+    """The body as what it has to be. Raises Refused (400, 415, 422)."""
     body = await read_json(request)
     try:
-        return PredictionRequest.model_validate(body)
+        return form.model_validate(body)
     except ValidationError as error:
         raise wrong_input(
             [
@@ -70,15 +75,16 @@ async def read_prediction(request: Request) -> PredictionRequest:
         ) from None
 
 
-async def webhook_of(asked: PredictionRequest, guard: Guard) -> Webhook | None:
+async def webhook_of(
+    url: str | None, events: Sequence[WebhookEvent] | None, guard: Guard
+) -> Webhook | None:
     """Where to tell of it, if that may be told. Raises Refused (422)."""
-    if asked.webhook is None:
+    if url is None:
         return None
     try:
-        check_url(asked.webhook)
-        await check_reachable(guard, asked.webhook)
-        events = asked.webhook_events_filter
-        return Webhook(url=asked.webhook, events_filter=None if events is None else tuple(events))
+        check_url(url)
+        await check_reachable(guard, url)
+        return Webhook(url=url, events_filter=None if events is None else tuple(events))
     except AddressRefused as error:
         raise wrong_input(problem(str(error), "webhook")) from None
     except ValueError as error:
@@ -99,9 +105,13 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
     """The routes."""
     router = APIRouter()
     spend = Depends(callers.spend)
+    asks = requested("PredictionRequest")
+    predicted = answered(HTTPStatus.OK, "PredictionResponse", also=CONTENT_TYPE) | answered(
+        HTTPStatus.ACCEPTED, "PredictionResponse"
+    )
 
     async def predict(request: Request, caller: KeyName | None, given_id: str | None) -> Response:
-        asked = await read_prediction(request)
+        asked = await read_as(request, PredictionRequest)
         if given_id is not None and asked.id not in (None, given_id):
             raise wrong_input(problem("prediction ID must match the ID supplied in the URL", "id"))
         prediction_id = given_id or asked.id
@@ -111,7 +121,7 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
             Wanted(
                 asked.input,
                 id=prediction_id,
-                webhook=await webhook_of(asked, guard),
+                webhook=await webhook_of(asked.webhook, asked.webhook_events_filter, guard),
                 background=background,
                 caller=caller,
                 context=dict(asked.context or {}),
@@ -126,11 +136,18 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
         await until_end(desk, prediction, request)
         return JSONResponse(prediction.answer())
 
-    @router.post("/predictions", summary="Make a prediction")
+    @router.post(
+        "/predictions", summary="Make a prediction", openapi_extra=asks, responses=predicted
+    )
     async def create(request: Request, caller: Annotated[KeyName | None, spend]) -> Response:
         return await predict(request, caller, None)
 
-    @router.put("/predictions/{prediction_id:path}", summary="Make a prediction of this id, once")
+    @router.put(
+        "/predictions/{prediction_id:path}",
+        summary="Make a prediction of this id, once",
+        openapi_extra=asks,
+        responses=predicted,
+    )
     async def create_once(
         request: Request, caller: Annotated[KeyName | None, spend], prediction_id: str
     ) -> Response:
@@ -139,6 +156,7 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
     @router.post(
         "/predictions/{prediction_id:path}/cancel",
         summary="Cancel a prediction",
+        responses={HTTPStatus.NOT_FOUND.value: {"description": "There is none to cancel"}},
         dependencies=[Depends(callers.enter)],
     )
     async def cancel(prediction_id: str) -> Response:
@@ -146,10 +164,14 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
         return JSONResponse({}, HTTPStatus.OK if found else HTTPStatus.NOT_FOUND)
 
     @router.get(
-        "/predictions", summary="Predictions, newest first", dependencies=[Depends(callers.enter)]
+        "/predictions",
+        summary="Predictions, newest first",
+        dependencies=[Depends(callers.enter)],
+        responses=answered(HTTPStatus.OK, "Predictions"),
     )
     async def recent(
-        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20, before: str | None = None
+        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20,
+        before: Annotated[str | None, Query(pattern=PLACE)] = None,
     ) -> Response:
         answers, more = await desk.recent(limit, before)
         return JSONResponse({"predictions": answers, "before": more})
@@ -158,6 +180,7 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
         "/predictions/{prediction_id:path}",
         summary="What became of a prediction",
         dependencies=[Depends(callers.enter)],
+        responses=answered(HTTPStatus.OK, "PredictionResponse"),
     )
     async def get(prediction_id: str) -> Response:
         answer = await desk.get(prediction_id)

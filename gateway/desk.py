@@ -169,7 +169,7 @@ class Desk:
     async def recent(
         self, limit: int, before: str | None
     ) -> tuple[list[dict[str, Any]], str | None]:
-        """Answers, newest first, and the place to go on from. Raises Refused."""
+        """Answers, newest first, and the place to go on from: `before` is one (records.PLACE). Raises Refused."""
         page = await self._read(self.ledger.recent(limit, before))
         return [
             running.prediction.answer()
@@ -264,6 +264,11 @@ class Desk:
         """Whether who asks for it now gets one that is under way for somebody else."""
         running = self._live.get(prediction_id)
         return running is not None and not running.is_leaving
+
+    def find(self, prediction_id: str) -> Prediction | None:
+        """The one that is made here at the moment. None for all others, finished ones among them."""
+        running = self._live.get(prediction_id)
+        return None if running is None or running.is_elsewhere else running.prediction
 
     def is_elsewhere(self, prediction: Prediction) -> bool:
         """Whether another replica makes it."""

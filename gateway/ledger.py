@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 from images.errors import RecordError
 from images.prediction import PredictionRecord
 from images.records import Claimed, Existing, Page, RecordStore, Stored
-from images.store import ImageStore
+from images.store import ImageStore, ReadImage
 
 # As many as the S3 client has connections; each waits for the network most of its time.
 THREADS = 16
@@ -62,6 +62,10 @@ class Ledger:
     def with_fresh_urls(self, record: PredictionRecord) -> PredictionRecord:
         """The record with its URLs signed again: those in it end with their time. Signing asks nobody."""
         return record.model_copy(update={"output": self._images.signed_anew(record.output)})
+
+    async def image(self, url: str) -> ReadImage:
+        """What a URL in a prediction's output leads to. Raises ImagesError."""
+        return await self._on_thread(self._images.read, url)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

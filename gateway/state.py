@@ -58,7 +58,13 @@ def state_router(
     async def live() -> dict[str, str]:
         return {"status": "live"}
 
-    @router.get("/ready", summary="200 when a prediction would be made, else 503")
+    @router.get(
+        "/ready",
+        summary="200 when a prediction would be made, else 503",
+        responses={
+            HTTPStatus.SERVICE_UNAVAILABLE.value: {"description": "Not now, and why"},
+        },
+    )
     async def ready() -> Response:
         if desk.open:
             return JSONResponse({"status": "ready"})

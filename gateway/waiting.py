@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from gateway.desk import Desk
-from gateway.event_stream import CONTENT_TYPE, KEEP_ALIVE
+from gateway.event_stream import CONTENT_TYPE, KEEP_ALIVE, Event
 from gateway.prediction import Prediction
 
 KEEP_ALIVE_S = 15.0
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 async def until_end(
@@ -32,16 +33,21 @@ async def until_end(
         raise prediction.refusal
 
 
-def stream(desk: Desk, prediction: Prediction, request: Request) -> StreamingResponse:
-    """Its events, from the first on."""
+def stream(
+    desk: Desk,
+    prediction: Prediction,
+    request: Request,
+    encode: Callable[[Event], bytes] = Event.encode,
+) -> StreamingResponse:
+    """Its events, from the first on. An event of which `encode` makes nothing is left out."""
     return StreamingResponse(
-        _encoded(desk, prediction, request),
-        media_type=CONTENT_TYPE,
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        _encoded(desk, prediction, request, encode), media_type=CONTENT_TYPE, headers=UNBUFFERED
     )
 
 
-async def _encoded(desk: Desk, prediction: Prediction, request: Request) -> AsyncIterator[bytes]:
+async def _encoded(
+    desk: Desk, prediction: Prediction, request: Request, encode: Callable[[Event], bytes]
+) -> AsyncIterator[bytes]:
     with desk.watching(prediction):
         events = aiter(prediction.events())
         gone = asyncio.create_task(_hung_up(request))
@@ -55,7 +61,8 @@ async def _encoded(desk: Desk, prediction: Prediction, request: Request) -> Asyn
                     event = coming.result()
                     if event is None:
                         return
-                    yield event.encode()
+                    if encoded := encode(event):
+                        yield encoded
                     coming = asyncio.ensure_future(anext(events, None))
                 elif gone.done():
                     return

@@ -35,7 +35,8 @@ LEASE_SECONDS = 60.0
 LARGEST_PAGE = 1000  # what S3 lists in one answer
 _ATTEMPTS = 10  # at one change, while others keep changing the same record
 _READERS = 8
-_CURSOR = re.compile(r"\d{13}-[A-Za-z0-9._-]{1,80}")
+# What `recent` gives and takes as a place in the list.
+PLACE = r"^[0-9]{13}-[A-Za-z0-9._-]{1,80}$"
 
 _log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class RecordStore:
         `before` is what the page before it gave; the times are those of the replicas that claimed them. What cannot
         be understood is left out, with a warning in the log, so a page may be shorter.
         """
-        if before is not None and not _CURSOR.fullmatch(before):
+        if before is not None and not re.fullmatch(PLACE, before):
             raise RecordError(f"{before[:100]!r} is no place in the list: pass what a page gave")
         keys, more = self._documents.list(
             self._by_time,

@@ -10,6 +10,7 @@ import logging
 import re
 import secrets
 import uuid
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
 LONGEST_ID = 64
+LARGEST_IMAGE = 64 * 1024 * 1024  # bytes
 # How often a PUT is tried another way: a second name, without the condition, once more after damage on the wire.
 ATTEMPTS = 4
 # A key is written once and never again, so whoever holds a copy need not ask for a newer one.
@@ -48,6 +50,14 @@ class StoredImage:
     bucket: str
     key: str
     url: str
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """The bytes of an image, and what they are."""
+
+    data: bytes
+    content_type: str
 
 
 class ImageStore:
@@ -118,18 +128,58 @@ class ImageStore:
             return {name: self.signed_anew(inner) for name, inner in output.items()}
         if not isinstance(output, str) or "X-Amz-Signature=" not in output:
             return output
+        known = self._recognized(output)
+        return output if known is None else known[1]
+
+    def read(self, url: str) -> ReadImage:
+        """The image that a URL of this store leads to. Blocks.
+
+        Raises ImagesError, also for a URL of anything else and for more than LARGEST_IMAGE bytes.
+        """
+        key = self._key_of(url)
+        if key is None:
+            raise ImagesError(
+                f"the prediction's output cannot be read: {url.partition('?')[0]} is no image of bucket {self.bucket}"
+            )
         try:
-            address = urlsplit(output)
+            found = self.client.get_object(Bucket=self.bucket, Key=key)
+            with closing(found["Body"]) as body:
+                data = body.read(LARGEST_IMAGE + 1)
+        except (ClientError, BotoCoreError) as error:
+            raise ImagesError(
+                f"cannot read s3://{self.bucket}/{key}: {s3.explain(error)}"
+            ) from error
+        if len(data) > LARGEST_IMAGE:
+            raise ImagesError(
+                f"s3://{self.bucket}/{key} has more than {LARGEST_IMAGE} bytes: fetch it by its URL"
+            )
+        return ReadImage(data, found.get("ContentType", "application/octet-stream"))
+
+    def _key_of(self, url: str) -> str | None:
+        public = f"{self.public_base_url.rstrip('/')}/" if self.public_base_url else None
+        if public is None or not url.startswith(public):
+            known = self._recognized(url)
+            return None if known is None else known[0]
+        key = unquote(url.removeprefix(public))
+        return key if self._is_mine(key) else None
+
+    def _is_mine(self, key: str) -> bool:
+        return bool(key) and key.startswith(f"{self.prefix}/" if self.prefix else "")
+
+    def _recognized(self, url: str) -> tuple[str, str] | None:
+        """The key that a presigned URL of this store is of, and the URL signed again; None for any other."""
+        try:
+            address = urlsplit(url)
         except ValueError:
-            return output
+            return None
         # Path style first: the bucket may be named by the host or at the beginning of the path.
         path = unquote(address.path).lstrip("/")
         for key in (path.removeprefix(f"{self.bucket}/"), path):
-            if key.startswith(f"{self.prefix}/" if self.prefix else ""):
-                url = self._presigned(f"an image of an earlier prediction, {key},", key)
-                if url.partition("?")[0] == output.partition("?")[0]:
-                    return url
-        return output
+            if self._is_mine(key):
+                anew = self._presigned(f"an image of an earlier prediction, {key},", key)
+                if anew.partition("?")[0] == url.partition("?")[0]:
+                    return key, anew
+        return None
 
     def _put(self, key: str, encoded: EncodedImage, conditional: bool) -> None:
         request: PutObjectRequestTypeDef = {

@@ -32,6 +32,7 @@ class Runner(BaseRunner):
         ),
         seconds: float = Input(description="How long each output takes", default=0.0, ge=0, le=60),
         seed: int | None = Input(description="Is told again", default=None, ge=0),
+        model: str | None = Input(description="Which model to be", default=None),
         num_outputs: int = Input(description="How many to make", default=1, ge=1, le=4),
     ) -> AsyncIterator[str]:
         """Say it."""
@@ -47,12 +48,38 @@ class Runner(BaseRunner):
                 os.kill(os.getpid(), signal.SIGKILL)
         if prompt == "fail":
             raise RuntimeError("cannot do that")
-        for index in range(num_outputs):
+        for index in range(int(num_outputs)):
             self.record_metric("progress", {"image": index, "step": 1, "steps": 1})
-            await asyncio.sleep(seconds)
-            yield f"https://images.example/{prompt}-{index}.png"
+            await asyncio.sleep(min(seconds, float(os.environ.get("LONGEST_SECONDS", "60"))))
+            yield (
+                _stored()
+                if os.environ.get("STORE_IMAGES")
+                else f"https://images.example/{prompt}-{index}.png"
+            )
         self.record_metric("seed", seed if seed is not None else 7)
         self.record_metric("timings.denoise", seconds)
+
+
+def _stored() -> str:
+    """A real image in the bucket, as small as one can be."""
+    from datetime import UTC, datetime
+
+    from PIL import Image
+
+    from images.encode import encode
+    from images.store import ImageStore
+    from s3 import connect
+    from settings import load_runner_settings
+
+    settings = load_runner_settings()
+    store = ImageStore(
+        connect(settings),
+        settings.image_bucket,
+        settings.image_prefix,
+        public_base_url=settings.public_base_url,
+    )
+    encoded = encode(Image.new("RGB", (1, 1), "red"), "png", 80, {})
+    return store.upload(encoded, prediction_id=None, index=0, now=datetime.now(UTC)).url
 
 
 def _note(journal: Path, line: str) -> None:

@@ -1,0 +1,112 @@
+"""`/predict` answers with the image itself, and with a status that says whether there is one."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from demo.s3 import EmbeddedS3
+from tests.support.gateway_server import GatewayServer, small_runner
+
+BUCKET = "simple-images"
+FOXES = {"prompt": "fox", "num_outputs": 2, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def environment(s3: EmbeddedS3) -> dict[str, str]:
+    s3.create_bucket(BUCKET)
+    return {**s3.environment(), "PUBLIC_BUCKET_NAME": BUCKET, "STORE_IMAGES": "1"}
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayServer]:
+    with GatewayServer(environment, small_runner(tmp_path_factory.mktemp("runner"))) as running:
+        yield running
+
+
+def decoded(image: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(image, validate=True)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [FOXES, {"input": FOXES}],
+    ids=["flat", "as Cog has it"],
+)
+def test_a_prompt_gives_images(gateway: GatewayServer, body: dict[str, Any]) -> None:
+    answer = gateway.post("/predict", json=body)
+
+    assert answer.status_code == 200
+    told = answer.json()
+    assert told["image"] == told["images"][0]
+    assert [decoded(image).format for image in told["images"]] == ["PNG", "PNG"]
+    assert told["content_type"] == "image/png"
+    assert told["seed"] == 5
+    assert "denoise" in told["timings"]
+    recorded = gateway.get(f"/predictions/{told['id']}").json()
+    assert (recorded["status"], len(recorded["output"])) == ("succeeded", 2)
+
+
+def test_images_behind_a_public_address_are_read_from_the_bucket(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Nothing serves that address: the gateway does not need it."""
+    public = environment | {"PUBLIC_BASE_URL": "https://images.example/public"}
+    with GatewayServer(public, small_runner(tmp_path_factory.mktemp("runner"))) as gateway:
+        told = gateway.post("/predict", json={"prompt": "fox"}).json()
+
+        assert decoded(told["image"]).size == (1, 1)
+        (url,) = gateway.get(f"/predictions/{told['id']}").json()["output"]
+        assert url.startswith("https://images.example/public/")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 422),
+        ({"prompt": "fox", "seed": -1}, 422),
+        ([], 422),
+        ({"input": "fox"}, 422),
+        ("a fox", 422),
+    ],
+)
+def test_a_wrong_body_is_refused(gateway: GatewayServer, body: Any, status: int) -> None:
+    answer = gateway.post("/predict", json=body)
+
+    assert answer.status_code == status
+    assert answer.json()["detail"]
+
+
+def test_a_body_that_is_no_json_is_refused(gateway: GatewayServer) -> None:
+    headers = {"Content-Type": "application/json"}
+
+    assert gateway.post("/predict", content=b"a fox", headers=headers).status_code == 400
+
+
+def test_a_failed_prediction_is_an_error_with_its_words(gateway: GatewayServer) -> None:
+    answer = gateway.post("/predict", json={"prompt": "fail"})
+
+    assert answer.status_code == 500
+    assert "cannot do that" in answer.json()["detail"]
+    assert gateway.get(f"/predictions/{answer.json()['id']}").json()["status"] == "failed"
+
+
+def test_output_that_is_no_image_of_the_bucket_is_not_fetched(
+    s3: EmbeddedS3, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever a model puts out: the gateway reads its own bucket and follows no URL."""
+    without = {name: value for name, value in environment.items() if name != "STORE_IMAGES"}
+    with GatewayServer(without, small_runner(tmp_path_factory.mktemp("runner"))) as gateway:
+        answer = gateway.post("/predict", json={"prompt": "fox"})
+
+        assert answer.status_code == 502
+        prediction_id = answer.json()["detail"].rpartition("/predictions/")[2].split()[0]
+        assert gateway.get(f"/predictions/{prediction_id}").json()["status"] == "succeeded"
+        assert "images.example/fox-0.png is no image of bucket" in gateway.logs
