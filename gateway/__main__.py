@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+import uvloop
 
 from gateway import logs, tracing
 from gateway.addresses import Guard, GuardedTransport
@@ -48,7 +49,7 @@ def main() -> int:
         print(f"gateway: {error}", file=sys.stderr)
         return EXIT_SETTINGS
     logs.configure(settings.log_format)
-    return asyncio.run(serve(settings, os.environ))
+    return uvloop.run(serve(settings, os.environ))
 
 
 async def serve(settings: GatewaySettings, environ: Mapping[str, str]) -> int:
