@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+import uvloop
 
 from gateway import logs, tracing
 from gateway.addresses import Guard, GuardedTransport
@@ -52,7 +53,7 @@ def main() -> int:
         logs.configure(settings.log_format)
         allow_files()
         with listening(settings.host, settings.port) as listener:
-            return asyncio.run(serve(settings, os.environ, listener))
+            return uvloop.run(serve(settings, os.environ, listener))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return EXIT_SETTINGS

@@ -5,6 +5,7 @@ It knows Cog's HTTP interface (0.23); who may ask, in which order, and what is k
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from http import HTTPStatus
@@ -13,8 +14,9 @@ from urllib.parse import quote
 
 import httpx
 
-from gateway.event_stream import CONTENT_TYPE, Event, read_events
+from gateway.event_stream import CONTENT_TYPE, Event, EventReader
 from gateway.inputs import Inputs
+from gateway.loopback import BrokenOffError, request
 from gateway.refusals import wrong_input
 
 # What Cog 0.23 says of a prediction whose worker died under it.
@@ -55,31 +57,34 @@ class CogClient:
         if context:
             body["context"] = context
         try:
-            async with self._client.stream(
+            async with request(
                 "PUT",
                 f"{self._cog.address}/predictions/{quote(prediction_id, safe='')}",
-                json=body,
-                headers={"Accept": CONTENT_TYPE},
-                timeout=httpx.Timeout(10.0, read=None),
+                json.dumps(body).encode(),
+                {"Accept": CONTENT_TYPE, "Content-Type": "application/json"},
             ) as answer:
-                if answer.status_code != HTTPStatus.OK:
-                    await answer.aread()
-                    raise self._refusal(answer)
-                async with aclosing(read_events(answer)) as events:  # type: ignore[type-var]
-                    async for event in events:
-                        if event.name == "completed":
-                            if event.data.get("error") == _WORKER_CRASHED:
-                                break
-                            yield event
-                            return
-                        yield event
-        except (httpx.HTTPError, ValueError) as error:
+                if answer.status != HTTPStatus.OK:
+                    raise self._refusal(
+                        answer.status, b"".join([piece async for piece in answer.pieces()])
+                    )
+                reader = EventReader()
+                async with aclosing(answer.pieces()) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        for event in reader.feed(piece):
+                            if event.name != "completed":
+                                yield event
+                            elif event.data.get("error") == _WORKER_CRASHED:
+                                self._cog.look()
+                                raise CogLostError("the worker of Cog's server died")
+                            else:
+                                yield event
+                                return
+            raise BrokenOffError("its events ended before the prediction did")
+        except (OSError, ValueError) as error:
             self._cog.look()
             raise CogLostError(
                 f"Cog's server broke off ({type(error).__name__}: {error})"
             ) from error
-        self._cog.look()
-        raise CogLostError("the worker of Cog's server died")
 
     async def cancel(self, prediction_id: str) -> None:
         """Ask for it; that it is over is told by its events."""
@@ -107,28 +112,25 @@ class CogClient:
         """What the model takes. Raises CogLostError."""
         return Inputs(await self.document() or {})
 
-    def _refusal(self, answer: httpx.Response) -> Exception:
-        match answer.status_code:
+    def _refusal(self, status: int, body: bytes) -> Exception:
+        text = body.decode(errors="replace")[:500] or HTTPStatus(status).phrase
+        match status:
             case HTTPStatus.CONFLICT | HTTPStatus.SERVICE_UNAVAILABLE:
                 # A dead worker's server says so as well: whether it lives is found out by the look.
                 self._cog.look()
-                return CogBusyError(_text(answer))
+                return CogBusyError(text)
             case HTTPStatus.UNPROCESSABLE_ENTITY:
-                return wrong_input(_detail(answer))
-            case status:
-                return CogLostError(f"Cog's server answered with {status}: {_text(answer)}")
+                return wrong_input(_detail(body, text))
+            case _:
+                return CogLostError(f"Cog's server answered with {status}: {text}")
 
 
-def _detail(answer: httpx.Response) -> str | list[dict[str, Any]]:
+def _detail(body: bytes, text: str) -> str | list[dict[str, Any]]:
     try:
-        detail: str | list[dict[str, Any]] = answer.json()["detail"]
+        detail: str | list[dict[str, Any]] = json.loads(body)["detail"]
     except (ValueError, KeyError, TypeError):
-        return _text(answer)
+        return text
     return detail
-
-
-def _text(answer: httpx.Response) -> str:
-    return answer.text[:500] or HTTPStatus(answer.status_code).phrase
 
 
 def merge_metric(metrics: dict[str, Any], told: dict[str, Any]) -> None:

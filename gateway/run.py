@@ -86,6 +86,8 @@ class Run:
         self._leaving: Leaving | None = None
         self._work: asyncio.Task[Any] | None = None
         self._settled = asyncio.Event()
+        self._heard = asyncio.Event()
+        self._is_entered = False
         self._outputs = 0
         self._logs_told_at = -LOGS_EVERY_S
         now = asyncio.get_running_loop().time
@@ -135,10 +137,13 @@ class Run:
         if self._claimed is None and not await self._claim():
             return
         self._settled.set()
-        entering = asyncio.create_task(self._enter())
+        entering = asyncio.create_task(self._enter_meanwhile())
         keeping = asyncio.create_task(self._keep())
         try:
-            refused = await self._work_through()
+            try:
+                refused = await self._work_through()
+            finally:
+                self._heard.set()
             if self._claiming is not None:
                 self._claimed = self._owned(await self._claiming)
             keeping.cancel()
@@ -228,8 +233,16 @@ class Run:
             problem("this id was used before: use a new one for each prediction", "id")
         )
 
+    async def _enter_meanwhile(self) -> None:
+        """While it waits in line or is being made: before that, its caller would wait for this too."""
+        if self._place is not None and self._place.turn.is_set():
+            await self._heard.wait()
+        if not self._is_entered:
+            await self._enter()
+
     async def _enter(self) -> None:
         """Where the list, and a gateway that comes after this one, find it."""
+        self._is_entered = True
         try:
             if self._claiming is not None:
                 self._owned(await asyncio.shield(self._claiming))
@@ -335,6 +348,7 @@ class Run:
             status = await self._desk.cog.wait_for_change(status)
 
     def _hear(self, event: Event) -> None:
+        self._heard.set()
         self.prediction.hear(event)
         match event.name:
             case "start":
