@@ -20,7 +20,7 @@ import uvloop
 from gateway import logs, tracing
 from gateway.addresses import Guard, GuardedTransport
 from gateway.app import Parts, build
-from gateway.cog_client import CogClient
+from gateway.cog_client import CogClient, new_session
 from gateway.cog_process import CogGaveUpError, CogProcess
 from gateway.connections import Connection, allow_files
 from gateway.desk import Desk
@@ -145,15 +145,7 @@ async def _parts(
     """Everything that has to be closed again."""
     async with AsyncExitStack() as stack:
         health = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
-        ours = await stack.enter_async_context(
-            httpx.AsyncClient(
-                trust_env=False,
-                limits=httpx.Limits(
-                    max_connections=2 * settings.slots + 16,
-                    max_keepalive_connections=settings.slots,
-                ),
-            )
-        )
+        ours = await stack.enter_async_context(new_session())
         guard = Guard(settings.allowed_hosts)
         theirs = await stack.enter_async_context(
             httpx.AsyncClient(

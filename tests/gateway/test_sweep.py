@@ -14,7 +14,7 @@ import pytest
 from demo.s3 import EmbeddedS3
 from gateway import sweep
 from gateway.addresses import Guard, GuardedTransport, parse_allowed
-from gateway.cog_client import CogClient
+from gateway.cog_client import CogClient, new_session
 from gateway.cog_process import CogProcess
 from gateway.desk import Desk
 from gateway.ledger import Ledger
@@ -43,6 +43,7 @@ async def sweeping(s3: EmbeddedS3, bucket: str) -> AsyncIterator[Desk]:
     guard = Guard(parse_allowed("127.0.0.1"))
     async with (
         httpx.AsyncClient(trust_env=False) as client,
+        new_session() as session,
         httpx.AsyncClient(transport=GuardedTransport(guard), trust_env=False) as theirs,
     ):
         cog = CogProcess(client)
@@ -51,7 +52,7 @@ async def sweeping(s3: EmbeddedS3, bucket: str) -> AsyncIterator[Desk]:
         )
         desk = Desk(
             cog,
-            CogClient(cog, client),
+            CogClient(cog, session),
             ledger,
             Webhooks(theirs),
             slots=1,
@@ -156,26 +157,3 @@ def test_once_nothing_is_left_the_newest_are_looked_at_alone(
             assert reads("0") == before
 
     run(test)
-
-
-def test_one_that_cannot_be_told_does_not_end_the_sweep(
-    s3: EmbeddedS3, bucket: str, records: RecordStore
-) -> None:
-    async def test() -> None:
-        with receiver() as receiving:
-            webhook = Webhook(url=receiving.url)
-            ended(records, "good", webhook=webhook)
-            # What no S3 client signs: an image without a name. It is the newest, and looked at first.
-            broken = f"{s3.endpoint_url}/{bucket}/?X-Amz-Signature=0"
-            ended(records, "broken", [broken], webhook=webhook)
-            async with sweeping(s3, bucket):
-                await until(lambda: told(receiving))
-            assert told(receiving) == ["good"]
-
-    run(test)
-
-
-def _record(records: RecordStore, name: str) -> PredictionRecord:
-    stored = records.get(name)
-    assert stored is not None
-    return stored.record
