@@ -13,7 +13,7 @@ from openapi_spec_validator import validate
 
 from demo.s3 import EmbeddedS3
 from gateway.keys import digest_of, new_key
-from tests.support.gateway_server import GatewayServer, small_runner
+from tests.support.gateway_server import GatewayServer
 
 KEY = new_key()
 OPEN = {"/live", "/ready", "/health-check", "/status"}
@@ -26,7 +26,7 @@ CHECKS = (
 
 
 @pytest.fixture(scope="module")
-def gateway(s3: EmbeddedS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayServer]:
+def gateway(s3: EmbeddedS3, runner_folder: Path) -> Iterator[GatewayServer]:
     s3.create_bucket("openapi-images")
     environment = {
         **s3.environment(),
@@ -35,7 +35,7 @@ def gateway(s3: EmbeddedS3, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "STORE_IMAGES": "1",
         "LONGEST_SECONDS": "0",
     }
-    with GatewayServer(environment, small_runner(tmp_path_factory.mktemp("runner"))) as running:
+    with GatewayServer(environment, runner_folder) as running:
         yield running
 
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,14 +19,17 @@ import pytest
 from replicate import Client
 from replicate.exceptions import ModelError, ReplicateError
 from replicate.prediction import Prediction
+from replicate.webhook import Webhooks, WebhookSigningSecret
 
 from demo.s3 import EmbeddedS3
 from gateway.keys import digest_of, new_key
 from tests.support.asgi import HOST, serving
-from tests.support.gateway_server import TIMEOUT_S, GatewayServer, small_runner
+from tests.support.cog_server import REPOSITORY
+from tests.support.gateway_server import TIMEOUT_S, GatewayServer
 
 KEY = new_key()
 MODEL, OTHER_MODEL = "test/runner", "test/other"
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 FOX = {"prompt": "fox"}
 FOX_URL = "https://images.example/fox-0.png"
 # Longer than any test: it ends because somebody cancels it.
@@ -27,16 +37,17 @@ FOR_EVER = {"prompt": "fox", "seconds": 60}
 
 
 @pytest.fixture(scope="module")
-def gateway(s3: EmbeddedS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayServer]:
+def gateway(s3: EmbeddedS3, runner_folder: Path) -> Iterator[GatewayServer]:
     s3.create_bucket("replicate-images")
     environment = {
         **s3.environment(),
         "PUBLIC_BUCKET_NAME": "replicate-images",
         "API_KEYS": f"alice:{digest_of(KEY)}",
         "ALLOW_PRIVATE_HOSTS": HOST,
+        "WEBHOOK_SIGNING_SECRET": SECRET,
         "MODEL_PATH": f"{MODEL},{OTHER_MODEL}",
     }
-    with GatewayServer(environment, small_runner(tmp_path_factory.mktemp("runner"))) as running:
+    with GatewayServer(environment, runner_folder) as running:
         yield running
 
 
@@ -230,14 +241,16 @@ def test_models_are_told(client: Client) -> None:
 
 
 def test_webhooks_tell_of_the_end(client: Client) -> None:
-    arrived: list[dict[str, Any]] = []
+    arrived: list[httpx.Request] = []
     told = threading.Event()
 
     async def receiver(scope: Any, receive: Any, send: Any) -> None:
         body = b""
         while (part := await receive()).get("more_body"):
             body += part["body"]
-        arrived.append(httpx.Response(200, content=body + part["body"]).json())
+        arrived.append(
+            httpx.Request("POST", "/hook", headers=scope["headers"], content=body + part["body"])
+        )
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
         told.set()
@@ -251,8 +264,31 @@ def test_webhooks_tell_of_the_end(client: Client) -> None:
         )
         assert told.wait(TIMEOUT_S)
 
-    assert [(body["id"], body["status"]) for body in arrived] == [(prediction.id, "succeeded")]
-    assert arrived[0]["output"] == [FOX_URL]
+    (request,) = arrived
+    Webhooks.validate(request, secret=WebhookSigningSecret(key=SECRET))
+    told_of = json.loads(request.content)
+    assert (told_of["id"], told_of["status"]) == (prediction.id, "succeeded")
+    assert told_of["output"] == [FOX_URL]
+
+
+def test_the_page_s_python_works_as_it_stands(gateway: GatewayServer) -> None:
+    page = (REPOSITORY / "docs" / "replicate.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for written, here in [
+        ("http://ip:port", gateway.url),
+        ("YOUR_KEY", KEY),
+        ("ByteDance/SDXL-Lightning", MODEL),
+    ]:
+        assert written in program
+        program = program.replace(written, here)
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    urls, prediction = done.stdout.splitlines()
+    assert urls.count("https://images.example/") == 2
+    assert prediction.startswith("succeeded ['https://images.example/a fox-0.png']")
 
 
 def test_a_webhook_into_a_private_network_is_refused(client: Client) -> None:
@@ -303,6 +339,28 @@ def test_a_prediction_goes_on_when_its_caller_has_left(
         )
 
     gateway.until(is_done)
+
+
+def test_a_create_that_waits_is_accepted_though_the_server_stops(
+    gateway: GatewayServer, runner_folder: Path
+) -> None:
+    """It is recorded, and the next gateway makes it: an error would have the caller ask for a second one."""
+    same = {name: value for name, value in gateway.environment.items() if name != "PORT"}
+    with (
+        GatewayServer(same | {"SHUTDOWN_GRACE_SECONDS": "0"}, runner_folder) as stopping,
+        ThreadPoolExecutor() as pool,
+    ):
+        waiting = pool.submit(
+            client_of(stopping).predictions.create, version=MODEL, input=FOR_EVER, wait=True
+        )
+        stopping.until(lambda: stopping.get("/status").json()["queue"]["running"] == 1)
+        stopping.terminate()
+        prediction = waiting.result(TIMEOUT_S)
+
+    assert prediction.status == "starting"
+    found = client_of(gateway).predictions.get(prediction.id)
+    assert found.status in ("starting", "processing")
+    found.cancel()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import pytest
 
 from demo.s3 import EmbeddedS3
 from gateway.keys import digest_of, new_key
-from tests.support.gateway_server import GatewayServer, small_runner
+from tests.support.cog_server import REPOSITORY
+from tests.support.gateway_server import GatewayServer
 
 pytestmark = [pytest.mark.system_program("node"), pytest.mark.system_program("npm")]
 
@@ -38,9 +40,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(
-    s3: EmbeddedS3, program: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Any]]:
+def told(s3: EmbeddedS3, program: Path, runner_folder: Path) -> Iterator[dict[str, Any]]:
     s3.create_bucket("replicate-js-images")
     environment = {
         **s3.environment(),
@@ -48,7 +48,7 @@ def told(
         "API_KEYS": f"alice:{digest_of(KEY)}",
         "MODEL_PATH": f"{MODEL},{OTHER_MODEL}",
     }
-    with GatewayServer(environment, small_runner(tmp_path_factory.mktemp("runner"))) as gateway:
+    with GatewayServer(environment, runner_folder) as gateway:
         done = subprocess.run(
             ["node", str(program), f"{gateway.url}/v1", KEY, MODEL, OTHER_MODEL],
             capture_output=True,
@@ -56,7 +56,30 @@ def told(
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        yield json.loads(done.stdout.splitlines()[-1])
+        page = subprocess.run(
+            ["node", str(written_on_the_page(program.parent, gateway.url))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert page.returncode == 0, page.stderr
+        yield json.loads(done.stdout.splitlines()[-1]) | {"page": page.stdout}
+
+
+def written_on_the_page(folder: Path, url: str) -> Path:
+    """The page's program, with the names of this server."""
+    page = (REPOSITORY / "docs" / "replicate.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```js\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for written, here in [
+        ("http://ip:port", url),
+        ("YOUR_KEY", KEY),
+        ("ByteDance/SDXL-Lightning", MODEL),
+    ]:
+        assert written in code
+        code = code.replace(written, here)
+    program = folder / "page.mjs"
+    program.write_text(code, encoding="utf-8")
+    return program
 
 
 def test_a_prediction_is_created_polled_and_finished(told: dict[str, Any]) -> None:
@@ -99,6 +122,10 @@ def test_all_predictions_are_listed_page_by_page(told: dict[str, Any]) -> None:
 def test_models_and_accounts_are_told(told: dict[str, Any]) -> None:
     assert (told["model"]["owner"], told["model"]["name"]) == ("test", "runner")
     assert told["account"]["username"] == "alice"
+
+
+def test_the_page_s_javascript_works_as_it_stands(told: dict[str, Any]) -> None:
+    assert told["page"].count("https://images.example/") == 2
 
 
 def test_errors_are_the_clients_own(told: dict[str, Any]) -> None:

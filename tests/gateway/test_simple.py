@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from demo.s3 import EmbeddedS3
-from tests.support.gateway_server import GatewayServer, small_runner
+from tests.support.gateway_server import GatewayServer
 
 BUCKET = "simple-images"
 FOXES = {"prompt": "fox", "num_outputs": 2, "seed": 5}
@@ -24,10 +25,8 @@ def environment(s3: EmbeddedS3) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def gateway(
-    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[GatewayServer]:
-    with GatewayServer(environment, small_runner(tmp_path_factory.mktemp("runner"))) as running:
+def gateway(environment: dict[str, str], runner_folder: Path) -> Iterator[GatewayServer]:
+    with GatewayServer(environment, runner_folder) as running:
         yield running
 
 
@@ -55,11 +54,11 @@ def test_a_prompt_gives_images(gateway: GatewayServer, body: dict[str, Any]) -> 
 
 
 def test_images_behind_a_public_address_are_read_from_the_bucket(
-    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    environment: dict[str, str], runner_folder: Path
 ) -> None:
     """Nothing serves that address: the gateway does not need it."""
     public = environment | {"PUBLIC_BASE_URL": "https://images.example/public"}
-    with GatewayServer(public, small_runner(tmp_path_factory.mktemp("runner"))) as gateway:
+    with GatewayServer(public, runner_folder) as gateway:
         told = gateway.post("/predict", json={"prompt": "fox"}).json()
 
         assert decoded(told["image"]).size == (1, 1)
@@ -99,11 +98,11 @@ def test_a_failed_prediction_is_an_error_with_its_words(gateway: GatewayServer) 
 
 
 def test_output_that_is_no_image_of_the_bucket_is_not_fetched(
-    s3: EmbeddedS3, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    s3: EmbeddedS3, environment: dict[str, str], runner_folder: Path
 ) -> None:
     """Whatever a model puts out: the gateway reads its own bucket and follows no URL."""
     without = {name: value for name, value in environment.items() if name != "STORE_IMAGES"}
-    with GatewayServer(without, small_runner(tmp_path_factory.mktemp("runner"))) as gateway:
+    with GatewayServer(without, runner_folder) as gateway:
         answer = gateway.post("/predict", json={"prompt": "fox"})
 
         assert answer.status_code == 502
