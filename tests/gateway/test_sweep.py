@@ -157,3 +157,9 @@ def test_once_nothing_is_left_the_newest_are_looked_at_alone(
             assert reads("0") == before
 
     run(test)
+
+
+def _record(records: RecordStore, name: str) -> PredictionRecord:
+    stored = records.get(name)
+    assert stored is not None
+    return stored.record
