@@ -24,7 +24,7 @@ from gateway.cog_api import prefers, read_as, webhook_of
 from gateway.desk import Desk, Wanted
 from gateway.keys import KeyName
 from gateway.refusals import Refused
-from gateway.replicate_stream import output_stream
+from gateway.replicate_stream import FINISHED, output_stream
 from gateway.schemas import answered, requested, text_answer
 from gateway.waiting import until_end
 from gateway.webhooks import WebhookEvent
@@ -34,6 +34,7 @@ LONGEST_WAIT_S = 60
 PER_PAGE = 20  # each is a read from the bucket
 # A prediction that runs here ends a moment after it is cancelled, and its caller may see that.
 CANCELED_WITHIN_S = 5.0
+GOES_ON = ("draining", "conflict")
 
 
 class ReplicatePredictionRequest(BaseModel):
@@ -92,26 +93,27 @@ class Replicate:
         url, events = asked.webhook, asked.webhook_events_filter
         if url is None and asked.webhook_completed is not None:
             url, events = asked.webhook_completed, ["completed"]
-        prediction = await self.desk.submit(
-            Wanted(
-                self._models.input_for(model, asked.input),
-                id=new_id(),
-                webhook=await webhook_of(url, events, self._guard),
-                background=True,
-                caller=caller,
-                source="replicate",
-            )
+        wanted = Wanted(
+            self._models.input_for(model, asked.input),
+            id=(prediction_id := new_id()),
+            webhook=await webhook_of(url, events, self._guard),
+            background=True,
+            caller=caller,
+            source="replicate",
         )
-        wait_s = wait_of(request)
-        if wait_s is not None:
-            try:
-                await until_end(self.desk, prediction, request, wait_s)
-            except Refused as refused:
-                # It is accepted, and another server goes on with it: whoever asks later hears of its end.
-                if refused.reason not in ("draining", "conflict"):
-                    raise
-        answer = prediction.answer()
-        if not prediction.finished:
+        try:
+            prediction = await self.desk.submit(wanted)
+            if (seconds := wait_of(request)) is not None:
+                await until_end(self.desk, prediction, request, seconds)
+            answer = prediction.answer()
+        except Refused as refused:
+            # This server stops. If the prediction is recorded, another goes on with it, and a caller who is told of
+            # an error would ask for a second one.
+            recorded = await self.desk.get(prediction_id) if refused.reason in GOES_ON else None
+            if recorded is None:
+                raise
+            answer = recorded
+        if answer["status"] not in FINISHED:
             # Replicate's clients go on to ask only while a create that waited says this.
             answer["status"] = "starting"
         return JSONResponse(self.told(answer, request), HTTPStatus.CREATED)

@@ -17,7 +17,7 @@ from gateway.refusals import Refused
 from gateway.waiting import UNBUFFERED, stream
 
 LOOK_EVERY_S = 1.0
-_FINISHED = ("succeeded", "failed", "canceled")
+FINISHED = ("succeeded", "failed", "canceled")
 
 
 class Outputs:
@@ -83,7 +83,7 @@ async def _as_recorded(
 ) -> AsyncIterator[bytes]:
     """Of one that has finished, or that another replica makes."""
     now: dict[str, Any] | None = answer
-    while now is not None and now["status"] not in _FINISHED:
+    while now is not None and now["status"] not in FINISHED:
         yield KEEP_ALIVE
         await asyncio.sleep(LOOK_EVERY_S)
         with suppress(Refused):  # for a moment, as like as not

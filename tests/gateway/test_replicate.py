@@ -350,10 +350,9 @@ def test_a_create_that_waits_is_accepted_though_the_server_stops(
         GatewayServer(same | {"SHUTDOWN_GRACE_SECONDS": "0"}, runner_folder) as stopping,
         ThreadPoolExecutor() as pool,
     ):
-        waiting = pool.submit(
-            client_of(stopping).predictions.create, version=MODEL, input=FOR_EVER, wait=True
-        )
-        stopping.until(lambda: stopping.get("/status").json()["queue"]["running"] == 1)
+        client = client_of(stopping)
+        waiting = pool.submit(client.predictions.create, version=MODEL, input=FOR_EVER, wait=True)
+        stopping.until(lambda: client.predictions.list()[0].status == "processing")
         stopping.terminate()
         prediction = waiting.result(TIMEOUT_S)
 
