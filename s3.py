@@ -38,7 +38,7 @@ def connect(
     *,
     connections: int = 32,
     sign: bool = True,
-    attempts: int = ATTEMPTS,
+    attempts: int | None = None,
     read_timeout: float = READ_TIMEOUT,
 ) -> S3Client:
     """Make a client that retries by itself, for at most `connections` calls at once.
@@ -77,7 +77,7 @@ def connect(
         config=Config(
             signature_version="s3v4" if sign else UNSIGNED,
             s3={"addressing_style": style},
-            retries={"mode": "standard", "total_max_attempts": attempts},
+            retries={"mode": "standard", "total_max_attempts": attempts or ATTEMPTS},
             connect_timeout=CONNECT_TIMEOUT,
             read_timeout=read_timeout,
             max_pool_connections=connections,

@@ -21,7 +21,7 @@ class Event:
 
     def encode(self) -> bytes:
         text = json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
-        return f"event: {self.name}\ndata: {text}\n\n".encode()
+        return f"event: {self.name}\ndata: {text}\n\n".encode(errors="replace")
 
 
 class EventReader:

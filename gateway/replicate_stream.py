@@ -62,7 +62,7 @@ class Outputs:
     def _event(self, name: str, data: str) -> bytes:
         self._events += 1  # Replicate's Python client passes over events that have no id
         lines = "".join(f"data: {line}\n" for line in data.split("\n"))
-        return f"event: {name}\nid: {self._events}\n{lines}\n".encode()
+        return f"event: {name}\nid: {self._events}\n{lines}\n".encode(errors="replace")
 
 
 def output_stream(

@@ -97,12 +97,16 @@ def test_the_document_says_what_there_is_and_no_secret(
         "output": None,
         "error": None,
         "metrics": {},
+        "logs": "",
         "created_at": "2026-11-20T12:00:00Z",
         "started_at": None,
         "completed_at": None,
         "owner": store.owner,
         "attempts": 1,
         "lease_seconds": 60.0,
+        "background": False,
+        "cancel_requested": False,
+        "may_run_again": False,
     }
 
 

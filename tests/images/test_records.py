@@ -386,3 +386,30 @@ def test_without_conditional_writes_who_was_overwritten_at_once_does_not_have_it
         results = list(pool.map(lambda replica: replica.claim(asked()), (store, other)))
 
     assert [isinstance(result, Claimed) for result in results].count(True) == 1
+
+
+def test_what_ended_undone_is_generated_for_whoever_asks_again(
+    store: RecordStore, other: RecordStore
+) -> None:
+    undone = store.finish(claim(store), "canceled", error="its caller left", may_run_again=True)
+    assert undone.finished
+
+    again = claim(other)
+
+    assert (again.record.status, again.record.error, again.record.attempts) == ("starting", None, 2)
+    assert not other.finish(again, "succeeded", output=["one"]).may_run_again
+    assert not isinstance(store.claim(asked()), Claimed)
+
+
+def test_its_owner_hears_when_it_renews_that_somebody_wants_it_canceled(
+    store: RecordStore, other: RecordStore
+) -> None:
+    claimed = claim(store)
+
+    assert other.ask_to_cancel(claimed.record.id)
+
+    renewed = store.renew(claimed, status="processing")
+    assert renewed.record.cancel_requested
+    assert store.finish(renewed, "canceled").status == "canceled"
+    assert not other.ask_to_cancel(claimed.record.id)
+    assert not other.ask_to_cancel("nobody-knows")
