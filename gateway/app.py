@@ -125,7 +125,7 @@ class Observed:
             try:
                 await self._app(scope, receive, send_with_headers)
             finally:
-                route = getattr(scope.get("route"), "path", "")
+                route = getattr(scope.get("route"), "path", "").replace(":path}", "}")
                 span.answered(route, status)
                 self._desk.metrics.http(method, route, status, time.perf_counter() - started)
 

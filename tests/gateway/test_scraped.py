@@ -52,7 +52,7 @@ def test_what_the_gateway_does_arrives_at_prometheus(
                 "gateway_predictions_replayed_total": 1,
                 "gateway_images_total": 2,
                 'gateway_refusals_total{reason="no_key"}': 1,
-                'gateway_http_requests_total{method="PUT",route="/predictions/{prediction_id:path}",status="200"}': 3,
+                'gateway_http_requests_total{method="PUT",route="/predictions/{prediction_id}",status="200"}': 3,
                 'gateway_prediction_stage_seconds_count{stage="denoise"}': 1,
             }
             assert {name: server.value(name) for name in expected} == expected
