@@ -20,8 +20,10 @@ from gateway.event_stream import CONTENT_TYPE, Event, EventReader
 from gateway.inputs import Inputs
 from gateway.refusals import wrong_input
 
-# What Cog 0.23 says of a prediction whose worker died under it.
+# What Cog 0.23 says of a prediction whose worker died under it, and of one that a dead worker was to be given: it is
+# told as started, and as failed.
 _WORKER_CRASHED = "Worker crashed"
+_NEVER_SENT = "Failed to send request: "
 CONNECT_S = 10.0
 DOCUMENT_S = 10.0
 # Servers hold a small piece back until the last one is acknowledged (Nagle), and Linux acknowledges late, after 40 ms,
@@ -35,6 +37,10 @@ class CogBusyError(Exception):
 
 class CogLostError(Exception):
     """Cog's server, or its worker, was gone before the prediction was finished: it may be asked for again."""
+
+
+class CogNeverBeganError(CogLostError):
+    """The worker was dead before it was given the prediction, which cannot be what it died of."""
 
 
 class Cog(Protocol):
@@ -93,10 +99,8 @@ class CogClient:
                     for event in reader.feed(piece):
                         if event.name != "completed":
                             yield event
-                        elif event.data.get("error") == _WORKER_CRASHED:
-                            self._cog.look()
-                            raise CogLostError("the worker of Cog's server died")
                         else:
+                            self._check_worker(event)
                             yield event
                             return
             raise ConnectionError("its events ended before the prediction did")
@@ -124,6 +128,16 @@ class CogClient:
     async def inputs(self) -> Inputs:
         """What the model takes. Raises CogLostError."""
         return Inputs(await self.document() or {})
+
+    def _check_worker(self, completed: Event) -> None:
+        """Raises CogLostError where it is not the prediction that failed."""
+        error = completed.data.get("error")
+        if error == _WORKER_CRASHED:
+            self._cog.look()
+            raise CogLostError("the worker of Cog's server died")
+        if isinstance(error, str) and error.startswith(_NEVER_SENT):
+            self._cog.look()
+            raise CogNeverBeganError("the worker of Cog's server was dead already")
 
     def _refusal(self, status: int, body: bytes) -> Exception:
         text = body.decode(errors="replace")[:500] or HTTPStatus(status).phrase

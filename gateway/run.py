@@ -13,7 +13,7 @@ from enum import Enum, auto
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from gateway.cog_client import CogBusyError, CogLostError
+from gateway.cog_client import CogBusyError, CogLostError, CogNeverBeganError
 from gateway.cog_status import State
 from gateway.event_stream import Event
 from gateway.ledger import LEASE_S
@@ -326,7 +326,7 @@ class Run:
                 except CogBusyError:
                     pass
                 except CogLostError as error:
-                    lost += started
+                    lost += started and not isinstance(error, CogNeverBeganError)
                     if lost >= MOST_LOST:
                         prediction.finish(
                             "failed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from http import HTTPStatus
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -59,7 +60,7 @@ async def _encoded(
                 )
                 if coming.done():
                     event = coming.result()
-                    if event is None:
+                    if event is None or (event.name == "completed" and _must_ask_again(prediction)):
                         return
                     if encoded := encode(event):
                         yield encoded
@@ -73,6 +74,12 @@ async def _encoded(
             coming.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await coming
+
+
+def _must_ask_again(prediction: Prediction) -> bool:
+    """Whether who waits for an answer is refused for now. A stream has its status already: it ends, and says no end."""
+    refusal = prediction.refusal
+    return refusal is not None and refusal.status == HTTPStatus.SERVICE_UNAVAILABLE
 
 
 async def _hung_up(request: Request) -> None:

@@ -31,12 +31,12 @@ TIMEOUT_S = 90.0
 TAIL_LINES = 60
 
 
-def small_runner(folder: Path) -> Path:
+def small_runner(folder: Path, runner: Path = RUNNER) -> Path:
     """A folder as the repository's: predict.py and its schema. Returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(RUNNER, folder / "predict.py")
+    shutil.copy(runner, folder / "predict.py")
     (folder / ".cog").mkdir(exist_ok=True)
-    schema = generate(RUNNER.read_text(encoding="utf-8"))
+    schema = generate(runner.read_text(encoding="utf-8"))
     (folder / ".cog" / "openapi_schema.json").write_text(json.dumps(schema), encoding="utf-8")
     return folder
 

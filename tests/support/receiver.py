@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,9 +53,13 @@ class Receiver:
 
     def wait_for(self, count: int) -> list[Message]:
         """The messages, once there are so many."""
+        self.wait_until(lambda: len(self.messages) >= count)
+        return list(self.messages)
+
+    def wait_until(self, holds: Callable[[], bool], seconds: float = TIMEOUT_S) -> None:
+        """Until that holds, which only messages can bring about."""
         with self._arrived:
-            assert self._arrived.wait_for(lambda: len(self.messages) >= count, TIMEOUT_S)
-            return list(self.messages)
+            assert self._arrived.wait_for(holds, seconds)
 
 
 @contextlib.contextmanager
