@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import time
 from http import HTTPStatus
 from typing import cast
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_WITHIN_S = 10.0
+MOST_HEAD_BYTES = 64 * 1024
 MOST_CONNECTIONS = 2000
 # Beside the callers': Cog's, the bucket's and the webhooks' connections, logs, pipes.
 _OTHER_FILES = 500
@@ -30,11 +31,13 @@ SECURITY_HEADERS = (
 )
 
 
-class Connection(H11Protocol):
-    """uvicorn's, with a deadline for each request's head (64 KiB at most, by h11) and a place that can be lost."""
+class Connection(HttpToolsProtocol):
+    """uvicorn's, with limits for each request's head, which its parser has none of, and a place that can be lost."""
 
-    _deadline: asyncio.TimerHandle | None = None
     idle_since = 0.0
+    _deadline: asyncio.TimerHandle | None = None
+    _overhead = 0
+    """How many bytes have come since the last that brought a request on: a head, or what goes around a body's parts."""
 
     @property
     def is_idle(self) -> bool:
@@ -43,7 +46,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.idle_since = self.loop.time()
+        self.idle_since = time.monotonic()  # finer than uvloop's
         self._wait_for_head()
         if len(self.connections) > MOST_CONNECTIONS:
             others = (
@@ -56,37 +59,50 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._overhead += len(data)
         super().data_received(data)
-        if self.is_idle:
+        if self._overhead > MOST_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"the URL and the headers of a request have at most {MOST_HEAD_BYTES} bytes",
+            )
+        elif self.is_idle:
             self._wait_for_head()
         else:
             self._stop_waiting()
 
+    def on_headers_complete(self) -> None:
+        self._overhead = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._overhead = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._overhead = 0
+        super().on_message_complete()
+
     def on_response_complete(self) -> None:
-        self.idle_since = self.loop.time()
+        self.idle_since = time.monotonic()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """For what is no HTTP, or has a head beyond all bounds: like every other answer."""
-        if (
-            self.conn.our_state is h11.SEND_BODY
-        ):  # it was answered already, and has gone wrong since
-            self.transport.close()
-            return
-        body = json.dumps({"detail": msg}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-            *SECURITY_HEADERS,
-        ]
-        status = HTTPStatus.BAD_REQUEST
-        for event in (
-            h11.Response(status_code=status, headers=headers, reason=status.phrase.encode()),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
+        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        """Like every other answer, and the last; none where one has begun, as this would be taken for a part of it."""
+        if self.is_idle or not self.cycle.response_started:
+            body = json.dumps({"detail": detail}).encode()
+            headers = (
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(body)),
+                (b"connection", b"close"),
+                *SECURITY_HEADERS,
+            )
+            first = b"HTTP/1.1 %d %b" % (status, status.phrase.encode())
+            lines = (first, *(b"%b: %b" % header for header in headers), b"", body)
+            self.transport.write(b"\r\n".join(lines))
         self.transport.close()
 
     def close(self) -> None:

@@ -128,6 +128,35 @@ def test_who_has_asked_is_waited_for(hasty: int) -> None:
         assert answered(connection) == 200
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"GET /live HTTP/1.1\r\nHost: x\r\nX-Endless: ",
+        b"GET /live HTTP/1.1\r\nHost: x\r\n",
+        b"GET /",
+        b"POST /length HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;endless=",
+        b"POST /length HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX-End: ",
+    ],
+)
+def test_what_is_no_body_may_not_be_endless(small: int, first: bytes) -> None:
+    with connect(small, first) as connection:
+        for _ in range(100):  # what is read at once with the end of a head is not counted
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"a: b\r\n" * 2000 if first.endswith(b"\r\n") else b"a" * 12_000)
+        with contextlib.suppress(ConnectionError):
+            assert answered(connection) == 431
+        assert is_closed(connection)
+    with connect(small, LIVE) as connection:
+        assert answered(connection) == 200
+
+
+def test_a_large_body_is_no_head(small: int) -> None:
+    size = 4 * connections.MOST_HEAD_BYTES
+    head = b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size
+    with connect(small, head + bytes(size)) as connection:
+        assert answered(connection) == 200
+
+
 def test_who_asks_nothing_makes_room_and_who_waits_for_an_answer_does_not(small: int) -> None:
     held.clear()
     let_go.clear()
