@@ -110,7 +110,7 @@ class Prediction:
         self.metrics, self.started_at, self.completed_at = {}, None, None
 
     def refuse(self, refused: Refused) -> None:
-        """Give its callers this in place of an answer; those who have begun to read its events learn it as its end."""
+        """Give its callers this in place of an answer. Its events say it too, where it is not an `ask again`."""
         self.refusal = refused
         self.finish("failed", error=str(refused))
 
