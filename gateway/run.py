@@ -88,6 +88,7 @@ class Run:
         self._settled = asyncio.Event()
         self._heard = asyncio.Event()
         self._is_entered = False
+        self._is_anothers = False
         self._outputs = 0
         self._logs_told_at = -LOGS_EVERY_S
         now = asyncio.get_running_loop().time
@@ -153,7 +154,7 @@ class Run:
             keeping.cancel()
         self._measure()
         self.prediction.end()
-        if self.prediction.refusal is None:
+        if self.prediction.refusal is None and not self._is_anothers:
             self._tell("completed")
 
     # Whose it is.
@@ -177,7 +178,12 @@ class Run:
         self._claimed = found
         if self.prediction.background:
             # Whoever is answered "accepted" can count on it: a gateway that comes after this one has to find it.
-            await self._enter()
+            self._is_entered = True
+            try:
+                await self._desk.ledger.enter(self.prediction.record)
+            except ImagesError:
+                await self._hand_back()
+                raise
         return True
 
     async def _follow(self, found: Existing) -> Claimed | None:
@@ -445,7 +451,8 @@ class Run:
         _log.error("the result is not recorded, and would be made again: %s", problem_met)
 
     async def _what_is_recorded(self) -> None:
-        """Another has it by now, and what it recorded counts."""
+        """Another has it by now, and what it recorded counts; it also tells of it."""
+        self._is_anothers = True
         stored = await self._desk.ledger.get(self.prediction.id)
         if stored is None:
             self.prediction.finish("failed", error="its record was deleted while it was made")

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import standardwebhooks
 
-from demo.s3 import EmbeddedS3
+from demo.s3 import EmbeddedS3, Fault
 from images.prediction import PredictionRecord, Webhook
 from images.records import Claimed, RecordStore
 from tests.support.gateway_server import TIMEOUT_S, GatewayServer
@@ -246,3 +246,20 @@ def test_a_prediction_that_kills_its_worker_again_and_again_fails(
         gateway.until(lambda: gateway.get("/ready").is_success)
         assert gateway.put("after", {"prompt": "after"}).json()["status"] == "succeeded"
     assert runs(journal, "die") == 3
+
+
+def test_what_no_later_gateway_would_find_is_not_accepted(
+    s3: EmbeddedS3, environment: dict[str, str], runner_folder: Path, journal: Path
+) -> None:
+    bucket = environment["PUBLIC_BUCKET_NAME"]
+    with GatewayServer(environment, runner_folder) as gateway:
+        gateway.put("first", {"prompt": "first"})  # with which the bucket is tried
+        with s3.fault(
+            Fault("status", method="PUT", bucket=bucket, key="predictions/by-time/*", status=403)
+        ):
+            answer = gateway.put("unlisted", {"prompt": "unlisted"}, headers=ASYNC)
+            assert answer.status_code == 503
+        assert runs(journal, "unlisted") == 0
+        # It was given back, so that asking again needs no waiting.
+        answer = gateway.put("unlisted", {"prompt": "unlisted"})
+        assert answer.json()["status"] == "succeeded"
