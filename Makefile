@@ -72,6 +72,10 @@ bench: $(BENCH_VENV)/.installed ## Measure the loader beside its peers; ARGS="--
 bench-engine: $(BENCH_VENV)/.installed ## Measure the engine beside stock diffusers; ARGS="--parts single --rounds 1" for a look
 	@$(BENCH_VENV)/bin/python benchmarks/engine.py $(ARGS)
 
+.PHONY: bench-gateway
+bench-gateway: $(BENCH_VENV)/.installed ## Measure the gateway beside Cog bare; ARGS="--parts card --requests 20 --rounds 1" for a look
+	@$(BENCH_VENV)/bin/python benchmarks/gateway.py $(ARGS)
+
 .PHONY: install
 install: $(VENV)/.installed ## Only install into .venv
 

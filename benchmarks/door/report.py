@@ -1,0 +1,102 @@
+"""The page of benchmarks/gateway.py, from what it measured."""
+
+from __future__ import annotations
+
+import re
+from statistics import median
+from typing import Any
+
+BARE = "Cog's server bare, PUT"
+PUT = "the gateway, PUT with the caller's id"
+POST = "the gateway, POST"
+MOST_MS = 5.0
+MOST_LOSS = 0.02
+
+HEAD = """# What the gateway costs
+
+Written by `.venv-bench/bin/python benchmarks/gateway.py {arguments}` on {date}.
+{machine}; {versions}.
+
+Cog's server bare, and the gateway before a Cog server of its own, run side by side and are asked in turns, in a new
+order each time. Clients, servers, workers and the bucket share the cores; what else ran on the machine when this began
+had a load of {load:.1f}. The bucket is `benchmarks/door/bucket.py` on loopback, which keeps objects in memory: a
+record's PUT takes {put:.1f} ms there, nearly all of it the S3 client's own time. A prediction is recorded before it is
+answered, and one whose id the caller chose is claimed before it is made, so a PUT through the gateway waits for two of
+them and a POST for one; a bucket elsewhere takes as much longer as its PUTs do.
+"""
+
+PARTS = {
+    "card": """
+## A card that is a clock
+
+`benchmarks/door/card.py`: a runner that takes {card_ms:.0f} ms for an image, one at a time and without using a core,
+and stores a 1024² PNG with the product's own store while the next is made.
+""",
+    "small": """
+## The demo's small SDXL, on the CPU
+
+The product's own runner with the small model of `make demo` (64² pixels, one thread): a picture takes little time and
+a whole core, so what the gateway spends of the other counts for much.
+""",
+}
+
+_MANY = """{callers} callers, {slots} slots, {rounds} rounds. Who is refused (409 by Cog, whose slots are all taken)
+asks again after 0.1 s, then less often, up to 1 s. The limit is {loss:.0%} less.
+"""
+
+
+def report(found: dict[str, Any]) -> str:
+    lines = [
+        HEAD.format(
+            arguments=found["arguments"],
+            date=found["date"],
+            machine=found["machine"],
+            versions=", ".join(found["versions"]),
+            load=found["load"],
+            put=median(found["put_seconds"]) * 1000,
+        )
+    ]
+    for part, measured in found["parts"].items():
+        lines.append(PARTS[part].format(card_ms=found["card_seconds"] * 1000))
+        lines += _alone(measured["alone"])
+        lines += _many(measured["many"], found["callers"], found["slots"])
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def _alone(alone: dict[str, list[float]]) -> list[str]:
+    bare = median(alone[BARE])
+    rows = [
+        f"| {way} | {median(seconds) * 1000:.1f} | {_quantile(seconds, 0.9) * 1000:.1f} "
+        f"| {(median(seconds) - bare) * 1000:+.1f} |"
+        for way, seconds in alone.items()
+    ]
+    return [
+        f"One caller, {len(alone[BARE])} requests each way; the limit is {MOST_MS:.0f} ms more at the median.\n",
+        "| way | median ms | 90 % within ms | more than bare, ms |",
+        "| --- | ---: | ---: | ---: |",
+        *rows,
+        "",
+    ]
+
+
+def _many(many: dict[str, list[dict[str, float]]], callers: int, slots: int) -> list[str]:
+    bare = median(one["rate"] for one in many[BARE])
+    rows = []
+    for way, rounds in many.items():
+        rates = [one["rate"] for one in rounds]
+        cpu = f"{median(one['cpu'] for one in rounds) * 1000:.1f}" if way == PUT else ""
+        rows.append(
+            f"| {way} | {median(rates):.2f} | {min(rates):.2f} to {max(rates):.2f} | {median(rates) / bare:.3f} "
+            f"| {median(one['refused'] for one in rounds):.0f} | {cpu} |"
+        )
+    return [
+        _MANY.format(callers=callers, slots=slots, rounds=len(many[BARE]), loss=MOST_LOSS),
+        "| way | predictions a second | min to max | times bare | refused | ms of a core the gateway spends on each |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *rows,
+        "",
+    ]
+
+
+def _quantile(seconds: list[float], share: float) -> float:
+    return sorted(seconds)[int(share * (len(seconds) - 1))]
