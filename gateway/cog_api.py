@@ -37,7 +37,7 @@ class PredictionRequest(BaseModel):
 
     input: dict[str, JsonValue] = {}
     id: str | None = Field(None, min_length=1)
-    context: dict[str, JsonValue] | None = None
+    context: dict[str, str] | None = None
     webhook: str | None = None
     webhook_events_filter: list[WebhookEvent] | None = None
 

@@ -11,14 +11,13 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import aiohttp
-from yarl import URL
 
 from gateway.event_stream import CONTENT_TYPE, Event, EventReader
 from gateway.inputs import Inputs
 from gateway.refusals import wrong_input
+from images.prediction import record_name
 
 # What Cog 0.23 says of a prediction whose worker died under it, and of one that a dead worker was to be given: it is
 # told as started, and as failed.
@@ -78,15 +77,15 @@ class CogClient:
 
         Raises CogBusyError, CogLostError, or Refused where Cog refuses the input.
         """
-        body: dict[str, Any] = {"id": prediction_id, "input": given}
+        # Cog makes folders of the ids it is given, wherever `/` and `..` lead, and one it cannot make costs it a slot
+        # for good. A record's name is safe.
+        name = record_name(prediction_id)
+        body: dict[str, Any] = {"id": name, "input": given}
         if context:
             body["context"] = context
         try:
             async with self._session.put(
-                # As it stands: an id may hold what a tidied path would lose.
-                URL(
-                    f"{self._cog.address}/predictions/{quote(prediction_id, safe='')}", encoded=True
-                ),
+                f"{self._cog.address}/predictions/{name}",
                 data=json.dumps(body).encode(),
                 headers={"Accept": CONTENT_TYPE, "Content-Type": "application/json"},
             ) as answer:
@@ -97,6 +96,8 @@ class CogClient:
                 async for piece in answer.content.iter_any():
                     _acknowledge(connection)
                     for event in reader.feed(piece):
+                        if event.data.get("id") == name:
+                            event.data["id"] = prediction_id
                         if event.name != "completed":
                             yield event
                         else:
@@ -146,7 +147,12 @@ class CogClient:
                 # A dead worker's server says so as well: whether it lives is found out by the look.
                 self._cog.look()
                 return CogBusyError(text)
-            case HTTPStatus.UNPROCESSABLE_ENTITY:
+            case (
+                HTTPStatus.BAD_REQUEST
+                | HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+                | HTTPStatus.UNPROCESSABLE_ENTITY
+            ):
+                # A number that is none in Rust, say: asked for again, it would be refused again.
                 return wrong_input(_detail(body, text))
             case _:
                 return CogLostError(f"Cog's server answered with {status}: {text}")

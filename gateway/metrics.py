@@ -126,7 +126,10 @@ class Metrics:
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics and their content type: OpenMetrics for who accepts it, else Prometheus's text."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (ValueError, TypeError):  # a version that is none
+            encode, content_type = choose_encoder("")
         return encode(self._registry), content_type
 
     def close(self) -> None:

@@ -60,7 +60,9 @@ def wait_of(request: Request) -> float | None:
     wanted = prefers(request).get("wait")
     if wanted is None:
         return None
-    return float(min(max(int(wanted), 1), LONGEST_WAIT_S)) if wanted.isdecimal() else LONGEST_WAIT_S
+    # Longer than any wait is as good as none that can be read: Python refuses to read numbers of thousands of digits.
+    is_number = wanted.isdecimal() and len(wanted) < 10
+    return float(min(max(int(wanted), 1), LONGEST_WAIT_S)) if is_number else LONGEST_WAIT_S
 
 
 class Replicate:

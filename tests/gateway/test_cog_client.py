@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -83,16 +84,16 @@ def test_a_request_arrives_whole_and_its_events_are_read_as_they_come() -> None:
             writer.write(chunk(COMPLETED.encode()) + b"0\r\n\r\n")
 
         async with asking(serve) as (client, cog):
-            events = client.predict("a/b ä..", {"prompt": "x" * 500_000}, {"trace": "t"})
+            events = client.predict("a.b-1", {"prompt": "x" * 500_000}, {"trace": "t"})
             assert await anext(events) == START
             seen.set()
             assert [event async for event in events] == [COMPLETED]
             assert cog.looks == 0
         ((first, fields, body),) = asked
-        assert first == "PUT /predictions/a%2Fb%20%C3%A4.. HTTP/1.1"
+        assert first == "PUT /predictions/a.b-1 HTTP/1.1"
         assert fields["accept"] == "text/event-stream"
         assert body == {
-            "id": "a/b ä..",
+            "id": "a.b-1",
             "input": {"prompt": "x" * 500_000},
             "context": {"trace": "t"},
         }
@@ -133,6 +134,35 @@ def test_what_cog_refuses_is_refused_in_its_words() -> None:
             b"HTTP/1.1 422 Unprocessable Entity\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
     assert raised.value.detail == detail
+
+
+@pytest.mark.parametrize("status", [b"400 Bad Request", b"413 Payload Too Large"])
+def test_what_cog_cannot_read_is_not_asked_for_again(status: bytes) -> None:
+    with pytest.raises(Refused) as raised:
+        events_of(b"HTTP/1.1 " + status + b"\r\nContent-Length: 7\r\n\r\nno JSON")
+    assert raised.value.detail == "no JSON"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "/etc/x", "a\0b", "é" * 200, "a" * 300, "\ud800"])
+def test_an_id_that_is_no_folders_name_is_not_shown_to_cog(name: str) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    async def check() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            first, _, body = await read_request(reader)
+            asked.append((first.split(" ")[1], body["id"]))
+            told = Event("completed", {"id": body["id"], "status": "succeeded"})
+            writer.write(HEAD + chunk(told.encode()) + b"0\r\n\r\n")
+            writer.close()
+
+        async with asking(serve) as (client, _):
+            (event,) = [event async for event in client.predict(name, {})]
+            assert event.data["id"] == name
+
+    asyncio.run(check())
+    ((path, shown),) = asked
+    assert path == f"/predictions/{shown}"
+    assert re.fullmatch(r"sha256-[0-9a-f]{64}", shown)
 
 
 def test_nobody_there_is_a_loss() -> None:

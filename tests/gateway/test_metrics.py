@@ -285,3 +285,11 @@ def test_openmetrics_is_given_to_who_accepts_it() -> None:
     families = {f.name for f in openmetrics.text_string_to_metric_families(body.decode())}
     assert {"gateway_predictions", "gateway_gpu_memory_used_bytes"} <= families
     assert metrics.exposition("")[1].startswith("text/plain; version=0.0.4")
+
+
+def test_a_version_that_is_none_gets_the_plain_format() -> None:
+    metrics = new_metrics()
+    plain = metrics.exposition("")[1]
+    for version in ("none", "9" * 5000):
+        accepted = f"application/openmetrics-text;version={version}"
+        assert metrics.exposition(accepted)[1] == plain

@@ -327,3 +327,40 @@ def test_the_model_s_own_document_is_served_without_what_only_its_operator_may(
     assert {"get", "post"} <= document["paths"]["/predictions"].keys()
     assert "/shutdown" not in document["paths"]
     assert gateway.post("/shutdown").status_code in (404, 405)
+
+
+@pytest.mark.parametrize(
+    "prediction_id", ["a/b", "../../../outside", "{folder}/outside", "a\0b", "x" * 300, "é" * 512]
+)
+def test_an_id_may_be_any_text_and_costs_cog_neither_a_slot_nor_a_folder_elsewhere(
+    gateway: GatewayServer, tmp_path: Path, prediction_id: str
+) -> None:
+    """Cog 0.23 makes a folder of that name, and where it cannot, loses the slot: more ids than there are slots."""
+    prediction_id = prediction_id.format(folder=tmp_path)
+    for attempt in range(3):
+        answer = gateway.post(
+            "/predictions",
+            json={"id": f"{prediction_id}{attempt}"[-512:], "input": {"prompt": "odd"}},
+        )
+        assert answer.status_code == 200
+        assert answer.json()["id"] == f"{prediction_id}{attempt}"[-512:]
+        assert answer.json()["status"] == "succeeded"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"input": {"prompt": "x", "seed": 1%s}}' % ("0" * 400),
+        '{"input": {"prompt": "x"}, "context": {"a": NaN}}',
+        '{"input": {"prompt": "x"}, "context": {"a": "\\ud800"}}',
+    ],
+)
+def test_what_cog_cannot_read_is_refused_and_holds_no_slot(
+    gateway: GatewayServer, body: str
+) -> None:
+    answer = gateway.post(
+        "/predictions", content=body.encode(), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 422
+    assert gateway.get("/status").json()["queue"]["running"] == 0

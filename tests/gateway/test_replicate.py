@@ -100,6 +100,17 @@ def test_a_create_that_has_waited_long_enough_says_that_it_is_to_be_polled(clien
     assert prediction.status == "canceled"
 
 
+@pytest.mark.parametrize("wait", ["²", "-1", "9" * 5000])
+def test_a_wait_that_is_no_number_is_as_long_as_may_be(gateway: GatewayServer, wait: str) -> None:
+    made = gateway.post(
+        "/v1/predictions",
+        json={"input": FOX},
+        headers={"Authorization": f"Bearer {KEY}", "Prefer": f"wait={wait}".encode("latin-1")},
+    )
+    assert made.status_code == 201
+    assert made.json()["status"] == "succeeded"
+
+
 def test_run_returns_the_output(client: Client) -> None:
     output = client.run(MODEL, input={**FOX, "num_outputs": 2})
 
