@@ -134,7 +134,8 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
         if is_running and (background or running_before or desk.is_elsewhere(prediction)):
             return JSONResponse(prediction.answer(), HTTPStatus.ACCEPTED)
         await until_end(desk, prediction, request)
-        return JSONResponse(prediction.answer())
+        goes_on = prediction.completed_at is None  # elsewhere, as this server stops
+        return JSONResponse(prediction.answer(), HTTPStatus.ACCEPTED if goes_on else HTTPStatus.OK)
 
     @router.post(
         "/predictions", summary="Make a prediction", openapi_extra=asks, responses=predicted

@@ -23,9 +23,9 @@ from gateway.keys import KeyName
 from gateway.ledger import Ledger
 from gateway.line import Line, LineFullError
 from gateway.metrics import Metrics
-from gateway.prediction import Prediction, iso
-from gateway.refusals import Refused, problem, wrong_input
-from gateway.run import Leaving, Run
+from gateway.prediction import Leaving, Prediction, iso
+from gateway.refusals import Refused, another_input, problem, wrong_input
+from gateway.run import Run
 from gateway.tracing import Tracing
 from gateway.webhooks import WebhookEvent, Webhooks
 from images.errors import ImagesError
@@ -134,7 +134,7 @@ class Desk:
         record = self._record(prediction_id, given, wanted)
         while (running := self._live.get(prediction_id)) is not None:
             if running.prediction.record.input_sha256 != record.input_sha256:
-                raise _another_input()
+                raise another_input()
             if not running.is_leaving:
                 running.prediction.background |= wanted.background
                 await running.settled()
@@ -336,7 +336,7 @@ class Desk:
     def earlier(self, existing: Existing, source: str = "cog") -> Prediction:
         """The prediction of a finished record, with URLs that work. Raises Refused for another input."""
         if not existing.same_input:
-            raise _another_input()
+            raise another_input()
         self.metrics.replayed()
         try:
             prediction = Prediction(
@@ -378,9 +378,3 @@ class Desk:
 
 def _same_input(stored: Stored, record: PredictionRecord) -> bool:
     return stored.record.input_sha256 == record.input_sha256
-
-
-def _another_input() -> Refused:
-    return wrong_input(
-        problem("this id was used for another input: use a new one for each prediction", "id")
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from enum import Enum, auto
 from typing import Any
 
 from gateway.cog_client import merge_metric
@@ -17,6 +18,17 @@ from images.prediction import PredictionRecord
 
 # A chatty model may fill neither the memory here nor its record.
 LONGEST_LOGS = 256 * 1024  # characters
+
+
+class Leaving(Enum):
+    """Why a prediction ends before it is done."""
+
+    ASKED = auto()
+    CALLER_LEFT = auto()
+    TOO_LONG = auto()
+    STOPPING = auto()
+    TAKEN_OVER = auto()
+    NO_CLAIM = auto()
 
 
 class Prediction:

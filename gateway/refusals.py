@@ -39,3 +39,13 @@ def problem(message: str, *place: str, kind: str = "value_error") -> list[dict[s
 
 def wrong_input(detail: str | list[dict[str, Any]]) -> Refused:
     return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail, reason="input")
+
+
+def another_input() -> Refused:
+    return wrong_input(
+        problem("this id was used for another input: use a new one for each prediction", "id")
+    )
+
+
+def used_before() -> Refused:
+    return wrong_input(problem("this id was used before: use a new one for each prediction", "id"))

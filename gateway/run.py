@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import aclosing
-from enum import Enum, auto
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ from gateway.event_stream import Event
 from gateway.ledger import LEASE_S
 from gateway.line import LineFullError, Place
 from gateway.logs import bind_prediction
-from gateway.prediction import Prediction
-from gateway.refusals import Refused, problem, wrong_input
+from gateway.prediction import Leaving, Prediction
+from gateway.refusals import Refused, another_input, used_before
 from gateway.webhooks import WebhookEvent, due
 from images.errors import ImagesError, LostLeaseError
 from images.records import Claimed, Existing
@@ -37,18 +36,9 @@ FIRST_BUSY_PAUSE_S = 0.02
 LONGEST_BUSY_PAUSE_S = 1.0
 RECORD_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
 
+_MISTAKE = "the server made a mistake; its log says which"
+
 _log = logging.getLogger(__name__)
-
-
-class Leaving(Enum):
-    """Why a prediction ends before it is done."""
-
-    ASKED = auto()
-    CALLER_LEFT = auto()
-    TOO_LONG = auto()
-    STOPPING = auto()
-    TAKEN_OVER = auto()
-    NO_CLAIM = auto()
 
 
 class _StoppedError(Exception):
@@ -128,7 +118,7 @@ class Run:
                 prediction.refuse(self._desk.bucket_refused(error))
             except Exception:  # noqa: BLE001 - whoever waits is told, whatever it was
                 _log.exception("unexpected error")
-                prediction.finish("failed", error="the server made a mistake; its log says which")
+                prediction.finish("failed", error=_MISTAKE)
             finally:
                 self._leave_line()
                 self._settled.set()
@@ -168,6 +158,9 @@ class Run:
             return True
         found = await claiming
         if isinstance(found, Existing):
+            if self._leaving is Leaving.ASKED:  # before it was known that another has it
+                await self._desk.ledger.ask_to_cancel(record.id)
+                self._leaving = None
             following = self._work = asyncio.create_task(self._follow(found))
             await asyncio.wait({following})
             self._work = None
@@ -189,11 +182,7 @@ class Run:
     async def _follow(self, found: Existing) -> Claimed | None:
         """Until it is finished wherever it runs, or nobody's any more: then it is claimed."""
         if not found.same_input:
-            raise wrong_input(
-                problem(
-                    "this id was used for another input: use a new one for each prediction", "id"
-                )
-            )
+            raise another_input()
         prediction, desk = self.prediction, self._desk
         while True:
             stored = found.stored
@@ -205,6 +194,8 @@ class Run:
             self._leave_line()
             prediction.take(stored.record)
             self._settled.set()
+            if self._leaving is not None:
+                return None
             await asyncio.sleep(LOOK_ELSEWHERE_S)
             now = await desk.ledger.get(prediction.id)
             if now is None or now.abandoned or now.record.may_run_again:
@@ -235,9 +226,7 @@ class Run:
     def _owned(self, found: Claimed | Existing) -> Claimed:
         if isinstance(found, Claimed):
             return found
-        raise wrong_input(
-            problem("this id was used before: use a new one for each prediction", "id")
-        )
+        raise used_before()
 
     async def _enter_meanwhile(self) -> None:
         """While it waits in line or is being made: before that, its caller would wait for this too."""
@@ -248,11 +237,11 @@ class Run:
 
     async def _enter(self) -> None:
         """Where the list, and a gateway that comes after this one, find it."""
-        self._is_entered = True
         try:
             if self._claiming is not None:
                 self._owned(await asyncio.shield(self._claiming))
             await self._desk.ledger.enter(self.prediction.record)
+            self._is_entered = True
         except (ImagesError, Refused) as error:
             _log.warning("the prediction is not in the list of predictions: %s", error)
 
@@ -269,11 +258,13 @@ class Run:
                 self.leave(Leaving.ASKED)
                 return
             await asyncio.sleep(RENEW_S)
-            status = "processing" if self.prediction.status == "processing" else "starting"
+            now = {
+                "status": "processing" if self.prediction.status == "processing" else "starting",
+                "started_at": self.prediction.started_at,
+                "background": self.prediction.background,  # which somebody may want by now
+            }
             try:
-                self._claimed = await self._desk.ledger.renew(
-                    self._claimed, status=status, started_at=self.prediction.started_at
-                )
+                self._claimed = await self._desk.ledger.renew(self._claimed, **now)
             except LostLeaseError as error:
                 _log.warning("%s", error)
                 self.leave(Leaving.TAKEN_OVER)
@@ -298,9 +289,11 @@ class Run:
             if not work.cancelled() and (failure := work.exception()) is not None:
                 if isinstance(failure, Refused):
                     return failure
-                if not isinstance(failure, _StoppedError):
-                    raise failure
-                self._leaving = Leaving.STOPPING
+                if isinstance(failure, _StoppedError):
+                    self._leaving = Leaving.STOPPING
+                else:  # it is recorded as what its callers are told: nobody is to make it again
+                    _log.error("unexpected error", exc_info=failure)
+                    self.prediction.finish("failed", error=_MISTAKE)
         return None
 
     async def _generate(self) -> None:
@@ -470,7 +463,9 @@ class Run:
         """To whichever gateway looks first: it need not wait for the lease's end."""
         if self._claimed is not None:
             try:
-                await self._desk.ledger.renew(self._claimed, lease_seconds=0.0, status="starting")
+                await self._desk.ledger.renew(
+                    self._claimed, lease_seconds=0.0, status="starting", background=True
+                )
             except ImagesError as error:
                 _log.warning("the prediction is taken over only when its lease is over: %s", error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -98,3 +99,24 @@ def test_what_nobody_waits_for_any_more_frees_its_slot(gateway: GatewayServer) -
     assert gateway.put("four", {"prompt": "four"}).json()["status"] == "succeeded"
     for name in ("one", "two", "three"):
         assert gateway.get(f"/predictions/{name}").json()["status"] == "canceled"
+
+
+@pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
+def test_who_hangs_up_at_once_is_not_worked_for(gateway: GatewayServer, accept: str) -> None:
+    body = json.dumps({"input": {"prompt": "nobody", "seconds": 60}})
+    for number in range(20):
+        head = (
+            f"PUT /predictions/{number} HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\n"
+            f"Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) as connection:
+            connection.sendall(f"{head}{body}".encode())
+            if number % 2:  # it has begun to look after this one
+                gateway.get("/live")
+    for number in range(20):
+        gateway.until(
+            lambda number=number: (
+                gateway.get(f"/predictions/{number}").json().get("status") == "canceled"
+            )
+        )
+    gateway.until(lambda: gateway.get("/status").json()["queue"]["running"] == 0)

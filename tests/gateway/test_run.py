@@ -1,0 +1,218 @@
+"""Moments of a prediction that only chance brings about at a whole server: held still in a real desk on a real bucket.
+
+Cog's server is a few lines here, as they say what the real one never would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from demo.s3 import EmbeddedS3
+from demo.s3_faults import Fault
+from gateway.addresses import Guard, GuardedTransport, parse_allowed
+from gateway.cog_client import CogClient, new_session
+from gateway.cog_status import State, Status
+from gateway.desk import Desk, Wanted
+from gateway.event_stream import Event
+from gateway.ledger import Ledger
+from gateway.webhooks import Webhooks
+from images.prediction import PredictionRecord
+from images.records import Claimed, RecordStore
+from images.store import ImageStore
+from tests.gateway.watching import TIMEOUT_S, run
+
+GIVEN = {"prompt": "x"}
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+START = Event("start", {"status": "processing"}).encode()
+DONE = Event("completed", {"status": "succeeded", "output": ["a"], "metrics": {}}).encode()
+
+Serve = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+class Cog:
+    """Serves, always."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.status = Status(State.READY, datetime.now(UTC))
+
+    def look(self) -> None:
+        pass
+
+    async def wait_for_change(self, seen: Status) -> Status:
+        await asyncio.Event().wait()
+        return seen
+
+
+@pytest.fixture
+def bucket(new_bucket: Callable[[], str]) -> str:
+    return new_bucket()
+
+
+@pytest.fixture
+def records(s3: EmbeddedS3, bucket: str) -> RecordStore:
+    """Another replica's."""
+    return RecordStore(s3.client(), bucket)
+
+
+@asynccontextmanager
+async def desk_before(s3: EmbeddedS3, bucket: str, serve: Serve) -> AsyncIterator[Desk]:
+    """`serve` answers what is asked for predictions."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        else:
+            await serve(writer)
+        writer.close()
+
+    listening = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with (
+        listening,
+        new_session() as session,
+        httpx.AsyncClient(
+            transport=GuardedTransport(Guard(parse_allowed(""))), trust_env=False
+        ) as theirs,
+    ):
+        cog = Cog(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+        ledger = Ledger(RecordStore(s3.client(), bucket), ImageStore(s3.client(), bucket))
+        desk = Desk(
+            cog,
+            CogClient(cog, session),
+            ledger,
+            Webhooks(theirs),
+            slots=1,
+            queue_size=1,
+            prediction_seconds=60.0,
+        )
+        try:
+            yield desk
+        finally:
+            await desk.close(0.0)
+            ledger.close()
+
+
+async def until(holds: Callable[[], Any]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110 - a bucket tells nobody of its changes
+            await asyncio.sleep(0.02)
+
+
+def record_of(records: RecordStore, name: str) -> PredictionRecord:
+    stored = records.get(name)
+    assert stored is not None
+    return stored.record
+
+
+def test_what_the_gateway_fails_at_is_recorded_as_its_callers_are_told(
+    s3: EmbeddedS3, bucket: str, records: RecordStore
+) -> None:
+    async def nonsense(writer: asyncio.StreamWriter) -> None:
+        deep = "[" * 100_000 + "]" * 100_000  # no program reads that
+        writer.write(HEAD + START + f"event: metric\ndata: {deep}\n\n".encode())
+        await writer.drain()
+
+    async def test() -> None:
+        async with desk_before(s3, bucket, nonsense) as desk:
+            prediction = await desk.submit(Wanted(GIVEN, id="odd"))
+            with desk.watching(prediction):
+                await prediction.ended()
+            assert prediction.status == "failed"
+            record = record_of(records, "odd")
+            assert (record.status, record.error) == ("failed", prediction.error)
+            assert desk.running == 0
+
+    run(test)
+
+
+def test_a_prediction_that_is_cancelled_before_it_is_known_whose_it_is_is_cancelled_there(
+    s3: EmbeddedS3, bucket: str, records: RecordStore
+) -> None:
+    async def never(writer: asyncio.StreamWriter) -> None:
+        raise AssertionError("it is another's")
+
+    async def test() -> None:
+        theirs = PredictionRecord.of("theirs", GIVEN, created_at=datetime.now(UTC))
+        claimed = records.claim(theirs, 60.0)
+        assert isinstance(claimed, Claimed)
+        async with desk_before(s3, bucket, never) as desk:
+            await desk.ledger.get("theirs")
+            s3.inject(
+                Fault("hold", method="GET", bucket=bucket, key="predictions/theirs*", times=1)
+            )
+            submitting = asyncio.create_task(desk.submit(Wanted(GIVEN, id="theirs")))
+            try:
+                await asyncio.to_thread(s3.wait_for_held_request)
+                assert await desk.cancel("theirs")
+            finally:
+                s3.clear_faults()
+            prediction = await submitting
+            await until(lambda: record_of(records, "theirs").cancel_requested)
+            records.finish(claimed, "canceled")
+            with desk.watching(prediction):
+                await prediction.ended()
+            assert prediction.status == "canceled"
+
+    run(test)
+
+
+def test_a_server_that_stops_does_not_wait_for_what_it_has_not_begun_to_follow(
+    s3: EmbeddedS3, bucket: str, records: RecordStore
+) -> None:
+    async def never(writer: asyncio.StreamWriter) -> None:
+        raise AssertionError("it is another's")
+
+    async def test() -> None:
+        theirs = PredictionRecord.of("theirs", GIVEN, created_at=datetime.now(UTC))
+        records.claim(theirs, 60.0)
+        async with desk_before(s3, bucket, never) as desk:
+            s3.inject(
+                Fault("hold", method="GET", bucket=bucket, key="predictions/theirs*", times=1)
+            )
+            submitting = asyncio.create_task(desk.submit(Wanted(GIVEN, id="theirs")))
+            try:
+                await asyncio.to_thread(s3.wait_for_held_request)
+                closing = asyncio.create_task(desk.close(TIMEOUT_S))
+                await asyncio.sleep(0)
+            finally:
+                s3.clear_faults()
+            async with asyncio.timeout(TIMEOUT_S / 2):
+                await closing
+            assert (await submitting).completed_at is None
+
+    run(test)
+
+
+def test_who_wants_it_in_the_background_gets_that_though_another_asked_first(
+    s3: EmbeddedS3, bucket: str, records: RecordStore
+) -> None:
+    begun = asyncio.Event()
+
+    async def forever(writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + START)
+        await writer.drain()
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        async with desk_before(s3, bucket, forever) as desk:
+            first = await desk.submit(Wanted(GIVEN, id="shared"))
+            with desk.watching(first):
+                await begun.wait()
+                second = await desk.submit(Wanted(GIVEN, id="shared", background=True))
+                assert second is first
+                await desk.close(0.0)
+            stored = records.get("shared")
+            assert stored is not None
+            assert stored.abandoned
+            assert stored.record.background
+
+    run(test)
