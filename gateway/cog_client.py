@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
@@ -23,6 +24,8 @@ from images.prediction import record_name
 # told as started, and as failed.
 _WORKER_CRASHED = "Worker crashed"
 _NEVER_SENT = "Failed to send request: "
+# Where it makes folders for each prediction, whatever TMPDIR says.
+COGS_FOLDERS = Path("/tmp/coglet/predictions")  # noqa: S108
 CONNECT_S = 10.0
 DOCUMENT_S = 10.0
 # Servers hold a small piece back until the last one is acknowledged (Nagle), and Linux acknowledges late, after 40 ms,
@@ -110,6 +113,8 @@ class CogClient:
             raise CogLostError(
                 f"Cog's server broke off ({type(error).__name__}: {error})"
             ) from error
+        finally:
+            self._clear_away(name)
 
     async def document(self) -> dict[str, Any] | None:
         """Cog's OpenAPI document; None while it has none. Raises CogLostError."""
@@ -139,6 +144,16 @@ class CogClient:
         if isinstance(error, str) and error.startswith(_NEVER_SENT):
             self._cog.look()
             raise CogNeverBeganError("the worker of Cog's server was dead already")
+
+    def _clear_away(self, name: str) -> None:
+        """Cog makes folders for each prediction and leaves them there, which fills a disk in the end.
+
+        Only empty ones go: the Runner gives out URLs, and no files.
+        """
+        folder = COGS_FOLDERS / name
+        for path in (folder / "inputs", folder / "outputs", folder):
+            with suppress(OSError):
+                path.rmdir()
 
     def _refusal(self, status: int, body: bytes) -> Exception:
         text = body.decode(errors="replace")[:500] or HTTPStatus(status).phrase
