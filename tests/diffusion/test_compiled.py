@@ -198,6 +198,8 @@ def archive(**files: bytes) -> bytes:
         archive(**{"/outside.so": b"x"}),
         archive(**{"libraries/sub/outside.py": b"x"}),
     ],
+    # Their bytes hold the time at which they were made, and the names of tests must be the same in two processes.
+    ids=["empty", "text", "nothing", "torch", "up", "inner up", "absolute", "elsewhere"],
 )
 def test_what_is_no_archive_of_compiled_code_is_refused(data, tmp_path, monkeypatch):
     cache = tmp_path / "inductor"
