@@ -5,6 +5,7 @@ It knows Cog's HTTP interface (0.23); who may ask, in which order, and what is k
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -26,6 +27,7 @@ _WORKER_CRASHED = "Worker crashed"
 _NEVER_SENT = "Failed to send request: "
 # Where it makes folders for each prediction, whatever TMPDIR says.
 COGS_FOLDERS = Path("/tmp/coglet/predictions")  # noqa: S108
+CLEAR_AWAY_LATER_S = 5.0
 CONNECT_S = 10.0
 DOCUMENT_S = 10.0
 # Servers hold a small piece back until the last one is acknowledged (Nagle), and Linux acknowledges late, after 40 ms,
@@ -83,6 +85,7 @@ class CogClient:
         # Cog makes folders of the ids it is given, wherever `/` and `..` lead, and one it cannot make costs it a slot
         # for good. A record's name is safe.
         name = record_name(prediction_id)
+        is_over = False
         body: dict[str, Any] = {"id": name, "input": given}
         if context:
             body["context"] = context
@@ -105,6 +108,7 @@ class CogClient:
                             yield event
                         else:
                             self._check_worker(event)
+                            is_over = True
                             yield event
                             return
             raise ConnectionError("its events ended before the prediction did")
@@ -114,7 +118,9 @@ class CogClient:
                 f"Cog's server broke off ({type(error).__name__}: {error})"
             ) from error
         finally:
-            self._clear_away(name)
+            _clear_away(name)
+            if not is_over:  # Cog may not have made them yet
+                asyncio.get_running_loop().call_later(CLEAR_AWAY_LATER_S, _clear_away, name)
 
     async def document(self) -> dict[str, Any] | None:
         """Cog's OpenAPI document; None while it has none. Raises CogLostError."""
@@ -145,16 +151,6 @@ class CogClient:
             self._cog.look()
             raise CogNeverBeganError("the worker of Cog's server was dead already")
 
-    def _clear_away(self, name: str) -> None:
-        """Cog makes folders for each prediction and leaves them there, which fills a disk in the end.
-
-        Only empty ones go: the Runner gives out URLs, and no files.
-        """
-        folder = COGS_FOLDERS / name
-        for path in (folder / "inputs", folder / "outputs", folder):
-            with suppress(OSError):
-                path.rmdir()
-
     def _refusal(self, status: int, body: bytes) -> Exception:
         text = body.decode(errors="replace")[:500] or HTTPStatus(status).phrase
         match status:
@@ -171,6 +167,17 @@ class CogClient:
                 return wrong_input(_detail(body, text))
             case _:
                 return CogLostError(f"Cog's server answered with {status}: {text}")
+
+
+def _clear_away(name: str) -> None:
+    """Cog makes folders for each prediction and leaves them there, which fills a disk in the end.
+
+    Only empty ones go: the Runner gives out URLs, and no files.
+    """
+    folder = COGS_FOLDERS / name
+    for path in (folder / "inputs", folder / "outputs", folder):
+        with suppress(OSError):
+            path.rmdir()
 
 
 def _socket_of(answer: aiohttp.ClientResponse) -> socket.socket | None:
