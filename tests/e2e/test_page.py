@@ -32,7 +32,10 @@ def test_from_a_model_that_loads_to_pictures_in_the_gallery(
     deployment: Deployment, browser: Browser
 ) -> None:
     environment = deployment.environment(
-        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", COG_MAX_CONCURRENCY="1"
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        COG_MAX_CONCURRENCY="1",
+        # A folder of its own: the gallery shows what other tests made in the same bucket.
+        IMAGE_PREFIX="page",
     )
     with GatewayServer(environment, REPOSITORY, wait_until_ready=False) as gateway:
         hosts = {urlsplit(url).netloc for url in (gateway.url, environment["AWS_ENDPOINT_URL_S3"])}
