@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ E = TypeVar("E", bound=BaseException)
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Written into the cache together with the listing, so that a later run can work offline.
+QUIET_S = 0.3
+MOST_S = 3.0  # whoever pressed Ctrl-C is waiting
+
 _ALWAYS = ["README.md", "model_index.json"]
 
 
@@ -250,6 +254,18 @@ class HubRepo:
     def _remove_incomplete(self) -> None:
         """Remove what threads of ours that are stuck had begun to write: nothing would ever take it up again.
 
+        Until none appears for a moment: a thread may just be about to begin its file.
+        """
+        until = time.monotonic() + QUIET_S
+        latest = time.monotonic() + MOST_S
+        while time.monotonic() < min(until, latest):
+            if self._remove_open():
+                until = time.monotonic() + QUIET_S
+            time.sleep(QUIET_S / 10)
+
+    def _remove_open(self) -> bool:
+        """Whether there was any.
+
         What another program is downloading into the same cache stays: only files that this process has open are ours.
         """
         ours = set()
@@ -257,10 +273,13 @@ class HubRepo:
             with suppress(OSError):
                 ours.add(_identity(os.fstat(int(descriptor))))
         folder = self.hub.cache / repo_folder_name(repo_id=self.repo_id, repo_type="model")
+        removed = False
         for file in folder.glob("blobs/*.incomplete"):
             with suppress(OSError):
                 if _identity(file.stat()) in ours:
                     file.unlink()
+                    removed = True
+        return removed
 
     def _check(self, path: str, pointer: Path, on_bytes: OnBytes, remembered: Remembered) -> None:
         expected = pointer.readlink().name if pointer.is_symlink() else ""
