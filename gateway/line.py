@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Of the durations that are averaged, how much the newest counts.
 _NEWEST = 0.2
@@ -74,10 +74,9 @@ class Line:
         else:
             self._waiting.remove(place)
 
-    @asynccontextmanager
-    async def turn_of(self, place: Place) -> AsyncIterator[None]:
-        """Wait for the turn, and time what is done with the slot."""
-        await place.turn.wait()
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around what is done with a slot: those who are turned away are advised by it."""
         now = asyncio.get_running_loop().time
         started = now()
         yield

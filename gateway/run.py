@@ -304,7 +304,7 @@ class Run:
         lost, pause = 0, FIRST_BUSY_PAUSE_S
         with desk.tracing.step("queue"):
             await place.turn.wait()
-        async with desk.line.turn_of(place):
+        with desk.line.timed():
             self.has_begun, self._begun_at = True, self._now()
             while True:
                 await self._serving()

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
-import pytest
 
 from demo.s3 import EmbeddedS3
 from demo.s3_faults import Fault
@@ -49,17 +48,6 @@ class Cog:
     async def wait_for_change(self, seen: Status) -> Status:
         await asyncio.Event().wait()
         return seen
-
-
-@pytest.fixture
-def bucket(new_bucket: Callable[[], str]) -> str:
-    return new_bucket()
-
-
-@pytest.fixture
-def records(s3: EmbeddedS3, bucket: str) -> RecordStore:
-    """Another replica's."""
-    return RecordStore(s3.client(), bucket)
 
 
 @asynccontextmanager

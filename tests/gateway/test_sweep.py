@@ -27,17 +27,6 @@ from tests.gateway.watching import TIMEOUT_S, run
 from tests.support.receiver import Receiver, receiver
 
 
-@pytest.fixture
-def bucket(new_bucket: Callable[[], str]) -> str:
-    return new_bucket()
-
-
-@pytest.fixture
-def records(s3: EmbeddedS3, bucket: str) -> RecordStore:
-    """The gateway's that is gone."""
-    return RecordStore(s3.client(), bucket)
-
-
 @asynccontextmanager
 async def sweeping(s3: EmbeddedS3, bucket: str) -> AsyncIterator[Desk]:
     guard = Guard(parse_allowed("127.0.0.1"))

@@ -7,189 +7,44 @@ that receivers have for it.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import logging
-import re
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-import httpx
 import pytest
 import standardwebhooks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.addresses import AddressRefused, Guard, GuardedTransport, parse_allowed
+from gateway.addresses import Guard, parse_allowed
 from gateway.webhooks import (
     WebhookEvent,
     WebhookPatience,
-    Webhooks,
-    check_auth_token,
-    check_reachable,
-    check_secret,
-    check_url,
-    due,
     message_id,
     retry_after_s,
 )
-from images.prediction import Webhook
-from tests.support.asgi import HOST, serving
-
-NEVER_S = 3600.0
-TIMEOUT_S = 20.0
-QUICK = WebhookPatience(attempt_s=TIMEOUT_S, attempts=4, first_pause_s=0.01, longest_pause_s=0.05)
-# Whoever pauses hangs, and the test with it.
-ONCE = WebhookPatience(
-    attempt_s=TIMEOUT_S, first_pause_s=NEVER_S, longest_pause_s=NEVER_S, give_up_after_s=NEVER_S * 9
+from tests.gateway.receiving import (
+    ANSWER,
+    ONCE,
+    QUICK,
+    SECRET,
+    TIMEOUT_S,
+    TOKEN,
+    Arrived,
+    Endless,
+    Lines,
+    Names,
+    Receiver,
+    Silent,
+    at,
+    sender,
+    tell,
+    until,
 )
-SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
-TOKEN = "token-of-the-operator"
-ANSWER: dict[str, Any] = {
-    "id": "a-fox.1",
-    "status": "succeeded",
-    "input": {"prompt": "ein Fuchs 🦊 im Schnee"},
-    "output": ["https://images.example.test/a-fox.1-0.png?X-Amz-Signature=abc"],
-    "metrics": {"seed": 7, "timings": {"denoise": 0.25}},
-}
-
-Answers = Sequence[tuple[int, Mapping[str, str]]]
-
-
-@dataclass(frozen=True)
-class Arrived:
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-    def verified(self) -> Any:
-        return standardwebhooks.Webhook(SECRET).verify(self.body, self.headers)
-
-
-@dataclass
-class Receiver:
-    """A server that keeps what it got and answers in turn, the last answer for ever; `gone` when a caller hangs up."""
-
-    answers: Answers = ((200, {}),)
-    arrived: list[Arrived] = field(default_factory=list)
-    gone: threading.Event = field(default_factory=threading.Event)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
-        more = True
-        while more:
-            part = await receive()
-            body += part.get("body", b"")
-            more = part.get("more_body", False)
-        headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
-        path = scope["path"] + "?" + scope["query_string"].decode()
-        self.arrived.append(Arrived(path, headers, body))
-        await self.answer(receive, send)
-
-    async def answer(self, receive: Any, send: Any) -> None:
-        status, given = self.answers[min(len(self.arrived), len(self.answers)) - 1]
-        headers = [(name.encode(), value.encode()) for name, value in given.items()]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"what it says is nobody's business"})
-
-
-class Silent(Receiver):
-    """It takes the request and never answers."""
-
-    async def answer(self, receive: Any, send: Any) -> None:
-        await receive()
-        self.gone.set()
-
-
-class Endless(Receiver):
-    """Its answer never ends."""
-
-    async def answer(self, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        hung_up = asyncio.ensure_future(receive())
-        while not hung_up.done():
-            await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
-            await asyncio.sleep(0)
-        self.gone.set()
-
-
-class Names:
-    """A resolver that counts how often it is asked."""
-
-    def __init__(self, address: str = HOST) -> None:
-        self.address = address
-        self.asked = 0
-
-    async def __call__(self, host: str, port: int) -> Sequence[str]:
-        self.asked += 1
-        return [self.address]
-
-
-LOOPBACK = Guard(parse_allowed("127.0.0.0/8"))
-
-
-@asynccontextmanager
-async def sender(
-    patience: WebhookPatience = QUICK, *, guard: Guard = LOOPBACK, **options: Any
-) -> AsyncIterator[Webhooks]:
-    transport = GuardedTransport(guard)
-    async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
-        yield Webhooks(client, patience=patience, **options)
-
-
-def tell(
-    url: str,
-    event: WebhookEvent = "completed",
-    *,
-    patience: WebhookPatience = QUICK,
-    answer: dict[str, Any] = ANSWER,
-    number: int = 0,
-    times: int = 1,
-    **options: Any,
-) -> list[bool]:
-    """Send, as often as said; what was returned."""
-
-    async def all_of_them() -> list[bool]:
-        async with sender(patience, **options) as webhooks, asyncio.timeout(TIMEOUT_S):
-            return [await webhooks.send(url, event, answer, number) for _ in range(times)]
-
-    return asyncio.run(all_of_them())
-
-
-@contextlib.contextmanager
-def at(receiver: Receiver) -> Iterator[str]:
-    with serving(receiver) as port:
-        yield f"http://{HOST}:{port}/hook"
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while not condition():  # noqa: ASYNC110 - a thread or a log sees to it
-            await asyncio.sleep(0.01)
-
-
-class Lines(logging.Handler):
-    """What the module under test logs, tracebacks included."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-    @property
-    def messages(self) -> list[str]:
-        return [logging.Formatter().format(record) for record in self.records]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.messages)
+from tests.support.asgi import HOST, serving
 
 
 @pytest.fixture
@@ -607,149 +462,3 @@ def test_no_line_holds_what_could_open_anything(status: int, logged: Lines) -> N
     for secret in ("hidden", "key=", SECRET.removeprefix("whsec_"), TOKEN, "X-Amz"):
         assert secret not in logged.text
     assert f"webhook {message_id('a-fox.1', 'completed', 0)} to http://{HOST}:" in logged.text
-
-
-# One message, one id.
-
-EVENTS = ("start", "output", "logs", "completed")
-MESSAGES = st.tuples(
-    st.one_of(st.text(), st.from_regex(r"[a-z0-9_.-]{0,70}", fullmatch=True)),
-    st.sampled_from(EVENTS),
-    st.integers(0, 1000),
-)
-
-
-@given(MESSAGES, MESSAGES)
-def test_every_message_has_an_id_of_its_own_that_a_header_can_carry(
-    one: tuple[str, WebhookEvent, int], other: tuple[str, WebhookEvent, int]
-) -> None:
-    assert re.fullmatch(r"[A-Za-z0-9_-]{1,100}", message_id(*one))
-    assert (message_id(*one) == message_id(*other)) == (one == other)
-
-
-@pytest.mark.parametrize("odd", ["", "a.b", "ключ", "a\r\nx: y", "\ud800", "x" * 65])
-def test_an_odd_id_is_told_apart_from_others_all_the_same(odd: str) -> None:
-    assert re.fullmatch(r"sha256-[0-9a-f]{64}-completed-0", message_id(odd, "completed", 0))
-
-
-def test_a_plain_id_can_be_read() -> None:
-    assert message_id("0b5c_7-A", "output", 2) == "0b5c_7-A-output-2"
-
-
-# What can be a webhook.
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "https://example.com",
-        "HTTPS://Example.com:8443/hook?token=a@b",
-        "http://[2606:4700::1111]:80/",
-        "https://bücher.example/höök",
-    ],
-)
-def test_a_url_that_can_be_a_webhook_is_let_through(url: str) -> None:
-    check_url(url)
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("ftp://hidden.example/", "begins with https"),
-        ("//hidden.example/", "begins with https"),
-        ("hidden", "begins with https"),
-        ("", "begins with https"),
-        ("file:///hidden", "begins with https"),
-        ("http:///hidden", "names a host"),
-        ("https://:443/hidden", "names a host"),
-        ("https://hidden:pass@example.com/", "user name or password"),
-        ("https://hidden@example.com/", "user name or password"),
-        ("https://@example.com/hidden", "user name or password"),
-        ("https://example.com\\@hidden.example/", "user name or password"),
-        ("https://example.com:0/hidden", "port"),
-        ("https://example.com:65536/hidden", "port"),
-        ("https://example.com:hidden/", "no URL"),
-        ("https://[::1/hidden", "no URL"),
-        ("https://example.com/a hidden", "no blanks"),
-        ("https://example.com/\r\nhidden: 1", "no blanks"),
-        ("https://example.com/\x00hidden", "no blanks"),
-        ("https://example.com/" + "hidden" * 1000, "at most 4096"),
-    ],
-)
-def test_a_url_that_cannot_be_a_webhook_is_refused_and_not_repeated(url: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        check_url(url)
-
-    assert "hidden" not in str(caught.value)
-
-
-@pytest.mark.parametrize("url", ["http://169.254.169.254/latest/", "https://[::1]/", "http://0/"])
-def test_a_host_behind_our_own_door_is_refused_before_anything_is_made(url: str) -> None:
-    with pytest.raises(AddressRefused):
-        asyncio.run(check_reachable(Guard(), url))
-
-
-def test_a_host_that_may_be_reached_or_cannot_be_found_now_is_let_through() -> None:
-    async def nobody(host: str, port: int) -> Sequence[str]:
-        raise OSError("no such host")
-
-    asyncio.run(check_reachable(Guard(resolve=Names("93.184.216.34")), "https://example.com/"))
-    asyncio.run(check_reachable(LOOPBACK, "http://127.0.0.1/"))
-    asyncio.run(check_reachable(Guard(resolve=nobody), "https://example.com/"))
-
-
-@pytest.mark.parametrize(
-    ("events_filter", "heard"),
-    [(None, EVENTS), ((), ()), (("completed",), ("completed",)), (("logs", "x"), ("logs",))],
-)
-def test_a_filter_says_what_is_due(
-    events_filter: tuple[str, ...] | None, heard: tuple[str, ...]
-) -> None:
-    webhook = Webhook(url="https://example.com/", events_filter=events_filter)
-
-    assert tuple(event for event in EVENTS if due(webhook, event)) == heard
-
-
-# The settings.
-
-
-@pytest.mark.parametrize("size", [24, 25, 26, 32, 64])
-def test_a_secret_of_a_good_size_is_taken(size: int) -> None:
-    check_secret("whsec_" + base64.b64encode(b"k" * size).decode())
-
-
-def test_a_secret_may_begin_or_hold_any_letter_of_base64() -> None:
-    check_secret("whsec_" + base64.b64encode(b"\xfb\xff" * 16).decode())
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("", "must be whsec_"),
-        ("aGlkZGVu" * 5, "must be whsec_"),
-        ("WHSEC_" + "aGlkZGVu" * 5, "must be whsec_"),
-        ("whsec_", "24 to 64 bytes .* holds 0"),
-        ("whsec_" + "aGlkZGVu" * 3, "24 to 64 bytes .* holds 18"),
-        ("whsec_" + "aGlkZGVu" * 11, "24 to 64 bytes .* holds 66"),
-        ("whsec_" + "aGlkZGVu" * 5 + "aGk", "base64"),
-        ("whsec_" + "aGlkZGVu" * 5 + "-_-_", "base64"),
-        ("whsec_" + "aGlkZGVu" * 5 + "\n", "base64"),
-        ("whsec_" + "aGlkZGVu" * 5 + "ключ", "base64"),
-    ],
-)
-def test_another_secret_is_refused_and_not_repeated(value: str, message: str) -> None:
-    for check in (
-        check_secret,
-        lambda secret: Webhooks(httpx.AsyncClient(), signing_secret=secret),
-    ):
-        with pytest.raises(ValueError, match=message) as caught:
-            check(value)
-        assert "aGlkZGVu" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", ["", "hidden token", "hidden\n", "hidden-ключ", "hidden\r\nx: y"])
-def test_a_token_that_no_header_can_carry_is_refused_and_not_repeated(value: str) -> None:
-    for check in (check_auth_token, lambda token: Webhooks(httpx.AsyncClient(), auth_token=token)):
-        with pytest.raises(ValueError, match="printable") as caught:
-            check(value)
-        assert "hidden" not in str(caught.value)
