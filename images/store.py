@@ -22,6 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 import s3
 from images.encode import EncodedImage
 from images.errors import ImagesError
+from s3 import client as s3_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -242,7 +243,7 @@ def _attempts(error: ClientError | BotoCoreError) -> int:
         return 1 + int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
     # Without an answer there is no count, but botocore only ends there after its last attempt.
     unanswered = (botocore_errors.ConnectionError, botocore_errors.HTTPClientError)
-    return s3.ATTEMPTS if isinstance(error, unanswered) else 1
+    return s3_client.ATTEMPTS if isinstance(error, unanswered) else 1
 
 
 def safe_id(prediction_id: str | None) -> str:

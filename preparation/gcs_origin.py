@@ -20,11 +20,11 @@ from preparation.bucket_origin import BucketOrigin, open_origin
 from preparation.errors import PreparationError, UsageError
 from preparation.source import SourceName
 from s3 import connect
+from s3.endpoint import endpoint_of
+from s3.signing import Credentials, Signer, credentials_of, region_of
 from settings import SourceSettings, StorageSettings
 from weights import Bucket
-from weights.endpoint import endpoint_of
 from weights.objects import ObjectReader
-from weights.signing import Credentials, Signer, credentials_of, region_of
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -161,6 +161,7 @@ class _BearerSigner(Signer):
         query: str,  # noqa: ARG002
         headers: Mapping[str, str],
         now: datetime | None = None,  # noqa: ARG002
+        payload_sha256: str = "",  # noqa: ARG002
     ) -> dict[str, str]:
         sent = {"Host": host_header, **headers}
         if self._token is not None:

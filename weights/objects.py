@@ -13,13 +13,20 @@ import random
 import re
 import threading
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
-from s3 import CERTIFICATE_REFUSED, UNREACHED, Explanation, explain_answer, usual_code
-from weights.endpoint import endpoint_of, proxy_authorization, proxy_for
+from s3.endpoint import endpoint_of, proxy_authorization, proxy_for
+from s3.signing import Credentials, CredentialsError, Signer, credentials_of, region_of
+from s3.words import (
+    CERTIFICATE_REFUSED,
+    UNREACHED,
+    Explanation,
+    error_in,
+    explain_answer,
+    seconds_to_wait,
+    usual_code,
+)
 from weights.errors import BucketError, CorruptObjectError, ObjectChangedError, OversizedError
-from weights.signing import Credentials, Signer, credentials_of, region_of
 from weights.tls import TlsContext, tls_context
 from weights.transport import (
     Address,
@@ -36,8 +43,8 @@ from weights.transport import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from s3.endpoint import Endpoint
     from settings import StorageSettings
-    from weights.endpoint import Endpoint
 
 UNREACHABLE = "Unreachable"  # our code for a request that got no answer at all
 ATTEMPTS = 5  # at a small object
@@ -45,7 +52,6 @@ LONGEST_PAUSE = 20.0  # seconds; also what is made of a Retry-After beyond it
 CLOCK_STEP = 0.25  # seconds; a correction by less would change nothing
 ERROR_LIMIT = 64 * 1024  # bytes of an error document
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-_ELEMENT = {name: re.compile(f"<{name}>([^<]*)</{name}>") for name in ("Code", "Message")}
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +285,10 @@ class ObjectReader:
             if on_connection:
                 on_connection(connection)
             offset = self.signer.clock_offset
-            signed = self.signer.headers("GET", place.host_header, place.path, "", dict(headers))
+            try:
+                signed = self.signer.headers("GET", place.host_header, place.path, "", headers)
+            except CredentialsError as error:
+                raise BucketError(str(error)) from error
             try:
                 return connection, connection.request(place.path, signed), offset
             except TransportError as error:
@@ -317,24 +326,20 @@ class ObjectReader:
     ) -> Exception:
         """What an answer other than 200, 206 or 304 means; reads its error document."""
         document = connection.read_rest(ERROR_LIMIT).decode("utf-8", "replace")
-        found = {
-            name: match[1]
-            for name, pattern in _ELEMENT.items()
-            if (match := pattern.search(document))
-        }
-        code = usual_code(found.get("Code", str(head.status)))
+        told, message = error_in(document)
+        code = usual_code(told or str(head.status))
         if code == "RequestTimeTooSkewed" and self._clock_adjusted(head, clock_offset):
             return BusyError("the clock here was off, and is corrected", 0.0, throttled=False)
         throttled = head.status == 429 or code in ("SlowDown", "TooManyRequests", "Throttling")
         if throttled or head.status >= 500 or code == "RequestTimeout":
             return BusyError(
-                f"{head.status} {found.get('Code', '')}".strip(),
-                _retry_after(head),
+                f"{head.status} {told}".strip(),
+                seconds_to_wait(head.get("Retry-After"), head.get("Date")),
                 throttled=throttled,
             )
         if code == "PreconditionFailed":
             return self._replaced(key, "another", "the one it had")
-        what = explain_answer(code, head.status, found.get("Message", ""))
+        what = explain_answer(code, head.status, message)
         return BucketError(f"cannot read {self.url(key)}: {what}", code)
 
     def _clock_adjusted(self, head: Head, clock_offset: float) -> bool:
@@ -397,18 +402,3 @@ class ObjectReader:
             f"{self.url(key)} was replaced while it was read (ETag {got}, before {etag}). "
             "A published version is never overwritten: load again, or publish the model again"
         )
-
-
-def _retry_after(head: Head) -> float | None:
-    """Seconds, from either form of the header: a number or a date."""
-    value = head.get("Retry-After")
-    if value is None:
-        return None
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(value))
-    try:
-        until = parsedate_to_datetime(value)
-        sent = parsedate_to_datetime(head.get("Date") or "")
-    except (TypeError, ValueError):
-        return None
-    return max(0.0, (until - sent).total_seconds())

@@ -23,17 +23,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from s3.endpoint import Endpoint
+from s3.signing import Credentials, Signer, credentials_of
 from weights import errors
 from weights.cache import NodeCache
 from weights.chunks import Chunk, SnapshotFile
-from weights.endpoint import Endpoint
 from weights.errors import WeightsError
 from weights.fetch import AHEAD_OF_A_CARD, Fetcher
 from weights.model_folder import ModelFolder, no_bucket_beside
 from weights.objects import ObjectReader
 from weights.pace import Pace, first_connections
 from weights.ring import Ring, RingSink
-from weights.signing import Credentials, Signer, credentials_of
 from weights.transport import Patience
 
 REPORT_SECONDS = 0.25  # between two reports of the counters

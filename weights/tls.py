@@ -13,6 +13,8 @@ import socket
 import time
 from typing import Any
 
+from s3.endpoint import ca_bundle
+
 # AES-128 before AES-256, as S3 itself chooses: it is as safe in TLS and costs 10 rounds a block, not 14. Up to TLS 1.2
 # only what has forward secrecy, and neither SHA-1 nor DSS: OpenSSL's own list has more.
 SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
@@ -54,16 +56,8 @@ class TlsContext:
 
 
 def tls_context() -> TlsContext:
-    """What boto3 trusts: AWS_CA_BUNDLE or REQUESTS_CA_BUNDLE where set, else certifi's authorities.
-
-    Raises OSError for a bundle that cannot be used.
-    """
-    bundle = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
-    if not bundle:
-        import certifi
-
-        bundle = certifi.where()
-    return TlsContext(bundle)
+    """What boto3 trusts. Raises OSError for a bundle that cannot be used."""
+    return TlsContext(ca_bundle())
 
 
 class TlsStream:

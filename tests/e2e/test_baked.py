@@ -39,7 +39,7 @@ CODE = [
     "compiling.py",
     "events.py",
     "settings.py",
-    "s3.py",
+    "s3",
     "weights",
     "diffusion",
     "images",

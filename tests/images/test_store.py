@@ -288,7 +288,9 @@ def test_a_busy_server_is_asked_again(s3: EmbeddedS3, store: ImageStore, bucket:
 def test_a_server_that_stays_busy_is_named_with_the_number_of_attempts(
     s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)  # the waits between five attempts are seconds
+    monkeypatch.setattr(
+        s3_client.client, "ATTEMPTS", 2
+    )  # the waits between five attempts are seconds
     store = ImageStore(connect(s3.endpoint_url, s3.admin), bucket)
 
     with (
@@ -305,7 +307,7 @@ def test_a_server_that_stays_busy_is_named_with_the_number_of_attempts(
 
 
 def test_an_unreachable_server_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client.client, "ATTEMPTS", 2)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         store = ImageStore(connect(f"http://127.0.0.1:{closed.getsockname()[1]}"), "pictures")

@@ -87,7 +87,7 @@ def test_cog_yaml_builds_what_the_repository_holds() -> None:
     [
         "predict.py",
         "settings.py",
-        "s3.py",
+        "s3",
         "requirements.txt",
         ".cog/openapi_schema.json",
         "weights/__init__.py",

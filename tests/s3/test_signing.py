@@ -26,10 +26,9 @@ from hypothesis import strategies as st
 
 from demo.s3 import EmbeddedS3, Keypair
 from s3 import explain
+from s3.endpoint import Endpoint, endpoint_of
+from s3.signing import Credentials, CredentialsError, Signer, credentials_of, region_of
 from settings import SettingsError, StorageSettings, load_storage_settings
-from weights.endpoint import Endpoint, endpoint_of
-from weights.errors import BucketError
-from weights.signing import Credentials, Signer, credentials_of, region_of
 
 KEYS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
 VISIBLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=60)
@@ -242,7 +241,7 @@ def test_no_credentials_are_said_in_the_words_of_s3(bare_environment: pytest.Mon
     credentials = credentials_of(StorageSettings())
 
     for _ in range(2):
-        with pytest.raises(BucketError) as caught:
+        with pytest.raises(CredentialsError) as caught:
             credentials()
         assert str(explain(botocore_errors.NoCredentialsError())) in str(caught.value)
 
@@ -250,7 +249,7 @@ def test_no_credentials_are_said_in_the_words_of_s3(bare_environment: pytest.Mon
 def test_half_a_keypair_is_said_in_the_words_of_s3(bare_environment: pytest.MonkeyPatch) -> None:
     bare_environment.setenv("AWS_ACCESS_KEY_ID", "key")
 
-    with pytest.raises(BucketError, match="no credentials were found"):
+    with pytest.raises(CredentialsError, match="no credentials were found"):
         credentials_of(StorageSettings())()
 
 
@@ -267,7 +266,7 @@ def test_credentials_that_cannot_be_loaded_are_said_without_their_text(
     program = executable(tmp_path / "program", "echo hunter2 >&2; exit 1")
     (tmp_path / "config").write_text(f"[default]\ncredential_process = {program}\n")
 
-    with pytest.raises(BucketError, match="CredentialRetrievalError") as caught:
+    with pytest.raises(CredentialsError, match="CredentialRetrievalError") as caught:
         credentials_of(StorageSettings())()
 
     assert "hunter2" not in str(caught.value)

@@ -20,9 +20,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from s3 import connect
+from s3.endpoint import Endpoint, endpoint_of, proxy_authorization, proxy_for
+from s3.signing import region_of
 from settings import SettingsError, StorageSettings
-from weights.endpoint import Endpoint, endpoint_of, proxy_authorization, proxy_for
-from weights.signing import region_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKETS = ("bucket", "my.bucket", "My_Bucket", "-bucket-", "a.b..c", "192.168.5.4", "a--b")
@@ -321,8 +321,8 @@ sys.path.insert(0, {str(ROOT)!r})
 weights = types.ModuleType("weights")  # what the package itself imports is not the question here
 weights.__path__ = [{str(ROOT / "weights")!r}]
 sys.modules["weights"] = weights
-from weights.endpoint import endpoint_of, proxy_for
-from weights.signing import Signer, credentials_of, region_of
+from s3.endpoint import endpoint_of, proxy_for
+from s3.signing import Signer, credentials_of, region_of
 class Secret:
     def get_secret_value(self): return "secret"
 class Settings:

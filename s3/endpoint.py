@@ -101,7 +101,7 @@ def boto3_target(settings: StorageSettings) -> tuple[SplitResult, str]:
     """
     from pydantic import SecretStr
 
-    from s3 import connect
+    from s3.client import connect
 
     # A keypair of no one: asking the machine for its role here would take seconds where it has none.
     nobody = {"access_key_id": "nobody", "secret_access_key": SecretStr("nothing")}
@@ -133,6 +133,17 @@ def proxy_authorization(scheme: Scheme, host: str) -> str | None:
 
     pair = f"{unquote(proxy.username)}:{unquote(proxy.password)}"
     return f"Basic {b64encode(pair.encode()).decode()}"
+
+
+def ca_bundle() -> str:
+    """The file or folder of the authorities that are trusted, as boto3 chooses: AWS_CA_BUNDLE or REQUESTS_CA_BUNDLE
+    where set, else certifi's."""
+    named = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    if named:
+        return named
+    import certifi
+
+    return certifi.where()
 
 
 def _proxy(scheme: Scheme, host: str) -> SplitResult | None:

@@ -1,4 +1,4 @@
-"""Signatures for S3 requests without a body: AWS Signature Version 4, and whose keys they are made with.
+"""Signatures for S3 requests: AWS Signature Version 4, and whose keys they are made with.
 
 It sends nothing. boto3's own signer would do, were it not for the half second that importing it takes before the
 first byte; the machine's own credentials are left to botocore.
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from weights.endpoint import boto3_target
-from weights.errors import BucketError
+from s3.endpoint import boto3_target
+from s3.words import Explanation, error_code, explain
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials as BotocoreCredentials
@@ -48,6 +48,14 @@ _NOT_SIGNED = frozenset(
 )
 
 
+class CredentialsError(Exception):
+    """There are no credentials, or they cannot be loaded. Holds no secret."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        super().__init__(f"cannot sign requests to the bucket: {explanation}")
+        self.explanation = explanation
+
+
 @dataclass(frozen=True)
 class Credentials:
     """Who asks. `session_token` comes with temporary credentials."""
@@ -60,7 +68,7 @@ class Credentials:
 def credentials_of(settings: StorageSettings) -> Callable[[], Credentials]:
     """Where to get the credentials for each signature: the settings' keypair, or else what botocore finds.
 
-    What is returned may be called from many threads. It raises BucketError where there are no credentials or they
+    What is returned may be called from many threads. It raises CredentialsError where there are none or they
     cannot be loaded, SettingsError for an AWS profile that is not there.
     """
     if settings.access_key_id is None or settings.secret_access_key is None:
@@ -86,7 +94,7 @@ def region_of(settings: StorageSettings) -> str:
 
 
 class Signer:
-    """Signs requests without a body. Safe to use from many threads."""
+    """Signs requests. Safe to use from many threads."""
 
     def __init__(self, credentials: Callable[[], Credentials], region: str) -> None:
         self.region = region
@@ -124,11 +132,13 @@ class Signer:
         query: str,
         headers: Mapping[str, str],
         now: datetime | None = None,
+        payload_sha256: str = EMPTY_SHA256,
     ) -> dict[str, str]:
         """All headers to send: `headers` (signed too), Host, and those that carry the signature.
 
         `path` and `query` are percent-encoded, just as they are sent. `now` is an aware time instead of the clock's.
-        Raises what the credentials raise.
+        `payload_sha256` is the body's, hexadecimal; by it S3 refuses one that did not arrive as sent. Raises what the
+        credentials raise.
         """
         moment = now or datetime.now(UTC) + timedelta(seconds=self._clock_offset)
         timestamp = moment.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -137,7 +147,7 @@ class Signer:
         sent = {
             "Host": host_header,
             **headers,
-            "x-amz-content-sha256": EMPTY_SHA256,
+            "x-amz-content-sha256": payload_sha256,
             "x-amz-date": timestamp,
         }
         if credentials.session_token:
@@ -145,7 +155,7 @@ class Signer:
         canonical_headers, signed_headers = _canonical_headers(sent)
         request = (
             f"{method}\n{path}\n{_canonical_query(query)}\n"
-            f"{canonical_headers}\n{signed_headers}\n{EMPTY_SHA256}"
+            f"{canonical_headers}\n{signed_headers}\n{payload_sha256}"
         )
         scope = f"{day}/{self.region}/s3/aws4_request"
         digest = hashlib.sha256(request.encode()).hexdigest()
@@ -183,8 +193,6 @@ class _AmbientCredentials:
     def __call__(self) -> Credentials:
         from botocore import exceptions as botocore_errors
 
-        from s3 import error_code, explain
-
         try:
             with self._lock:
                 # Once: where the machine has no role, every look for one waits for seconds.
@@ -198,12 +206,14 @@ class _AmbientCredentials:
             botocore_errors.NoCredentialsError,
             botocore_errors.PartialCredentialsError,
         ) as error:
-            raise BucketError(f"cannot sign requests to the bucket: {explain(error)}") from error
+            raise CredentialsError(explain(error)) from error
         except (botocore_errors.BotoCoreError, botocore_errors.ClientError) as error:
-            raise BucketError(
-                "cannot sign requests to the bucket: the machine's own credentials could not be loaded "
-                f"({error_code(error) or type(error).__name__}). Check its role or its AWS profile, or set "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise CredentialsError(
+                Explanation(
+                    "the machine's own credentials could not be loaded "
+                    f"({error_code(error) or type(error).__name__})",
+                    "Check its role or its AWS profile, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                )
             ) from error
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token or None)
 
