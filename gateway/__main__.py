@@ -24,7 +24,7 @@ from gateway.cog_client import CogClient, new_session
 from gateway.cog_process import CogGaveUpError, CogProcess
 from gateway.connections import Connection, allow_files
 from gateway.desk import Desk
-from gateway.ledger import THREADS, Ledger
+from gateway.ledger import Ledger
 from gateway.settings import DOOR_SECRETS, GatewaySettings, load_gateway_settings
 from gateway.state import ColdStartFile
 from gateway.sweep import Sweep
@@ -32,6 +32,7 @@ from gateway.webhooks import Webhooks
 from images.records import RecordStore
 from images.store import ImageStore
 from s3 import connect
+from s3.async_client import AsyncClient
 from settings import SettingsError
 
 # After the grace of those who wait, for answers that are on their way and Cog's own end.
@@ -40,6 +41,7 @@ KEEP_ALIVE_S = 75  # longer than the usual load balancer's, which must be the on
 BACKLOG = 2048
 # Records are small: a bucket that takes longer over one is as good as gone, and its callers are to be told.
 BUCKET_ATTEMPTS = 3
+BUCKET_CONNECTIONS = 32
 BUCKET_READ_S = 5.0
 EXIT_GAVE_UP = 1
 EXIT_SETTINGS = 2
@@ -157,12 +159,18 @@ async def _parts(
         cog = CogProcess(
             health, environment=_cogs_environment(settings, environ, folder), cwd=Path.cwd()
         )
-        ledger = _ledger(settings)
-        stack.callback(ledger.close)
+        records = await stack.enter_async_context(
+            AsyncClient(
+                settings,
+                connections=BUCKET_CONNECTIONS,
+                attempts=BUCKET_ATTEMPTS,
+                read_timeout=BUCKET_READ_S,
+            )
+        )
         desk = Desk(
             cog,
             CogClient(cog, ours),
-            ledger,
+            _ledger(settings, records),
             _webhooks(settings, theirs),
             slots=settings.slots,
             queue_size=settings.queue_size,
@@ -181,14 +189,12 @@ def _folder(stack: AsyncExitStack) -> Path | None:
         return None
 
 
-def _ledger(settings: GatewaySettings) -> Ledger:
-    client = connect(
-        settings, connections=THREADS, attempts=BUCKET_ATTEMPTS, read_timeout=BUCKET_READ_S
-    )
+def _ledger(settings: GatewaySettings, records: AsyncClient) -> Ledger:
+    images = connect(settings, attempts=BUCKET_ATTEMPTS, read_timeout=BUCKET_READ_S)
     return Ledger(
-        RecordStore(client, settings.image_bucket, settings.image_prefix),
+        RecordStore(records, settings.image_bucket, settings.image_prefix),
         ImageStore(
-            client,
+            images,
             settings.image_bucket,
             settings.image_prefix,
             settings.image_url_lifetime,

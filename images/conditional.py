@@ -6,22 +6,17 @@ documents say.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
-import threading
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from botocore.exceptions import BotoCoreError, ClientError
-
-import s3
 from images.errors import RecordError
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+from s3 import content_md5
+from s3.async_client import AsyncClient, Listing, S3Error
 
 # How often a write is repeated that collided with another at the same moment (409), and the longest wait before one.
 ATTEMPTS = 5
@@ -32,14 +27,10 @@ _CHANGED = ("PreconditionFailed", "NoSuchKey")
 _CONFLICT = "ConditionalRequestConflict"
 # What servers answer that know no conditions on writing.
 _NO_CONDITIONS = ("NotImplemented", "501", "InvalidArgument", "InvalidRequest")
+_NONE: Mapping[str, str] = {}
 _NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 
 _log = logging.getLogger(__name__)
-
-
-class _Condition(TypedDict, total=False):
-    IfMatch: str
-    IfNoneMatch: str
 
 
 class ChangedError(Exception):
@@ -56,127 +47,111 @@ class Document:
 
 
 class ConditionalBucket:
-    """A bucket's documents. Safe to use from several threads. What fails raises RecordError, naming the object."""
+    """A bucket's documents, for one event loop. What fails raises RecordError, naming the object."""
 
-    def __init__(self, client: S3Client, bucket: str, probe_key: str, largest: int) -> None:
+    def __init__(self, client: AsyncClient, bucket: str, probe_key: str, largest: int) -> None:
         """`probe_key` is where the server is tried: an empty object that stays. No document has more than `largest`
         bytes."""
-        self.client = client
         self.bucket = bucket
+        self._client = client
         self._largest = largest
         self._probe_key = probe_key
-        self._probing = threading.Lock()
+        self._probing = asyncio.Lock()
         self._conditions_work: bool | None = None
 
     def url(self, key: str) -> str:
         """The object's name for people: s3://bucket/key."""
         return f"s3://{self.bucket}/{key}"
 
-    def create(self, key: str, data: bytes) -> str:
+    async def create(self, key: str, data: bytes) -> str:
         """Write it if there is none, and return its ETag. Raises ChangedError where there is one."""
-        if self.conditions_work():
-            return self._put(key, data, IfNoneMatch="*")
-        if self.read(key) is not None:
+        if await self.conditions_work():
+            return await self._put(key, data, {"If-None-Match": "*"})
+        if await self.read(key) is not None:
             raise ChangedError
-        return self._put_and_look(key, data)
+        return await self._put_and_look(key, data)
 
-    def replace(self, key: str, data: bytes, etag: str) -> str:
+    async def replace(self, key: str, data: bytes, etag: str) -> str:
         """Write it if it still is what had that ETag, and return the new one. Raises ChangedError where it is not."""
-        if self.conditions_work():
-            return self._put(key, data, IfMatch=etag)
-        found = self.read(key)
+        if await self.conditions_work():
+            return await self._put(key, data, {"If-Match": etag})
+        found = await self.read(key)
         if found is None or found.etag != etag:
             raise ChangedError
-        return self._put_and_look(key, data)
+        return await self._put_and_look(key, data)
 
-    def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, data: bytes) -> None:
         """Write it, whatever is there."""
-        self._put(key, data)
+        await self._put(key, data)
 
-    def read(self, key: str) -> Document | None:
+    async def read(self, key: str) -> Document | None:
         """The document, or None where there is none. One that is too large is an error."""
         try:
-            answer = self.client.get_object(Bucket=self.bucket, Key=key)
-            with answer["Body"] as body:
-                if answer["ContentLength"] > self._largest:
-                    raise RecordError(
-                        f"{self.url(key)} has {answer['ContentLength']} bytes, and {self._largest} are the most: "
-                        "something else wrote it. Look at it and move it away"
-                    )
-                data = body.read()
-        except (ClientError, BotoCoreError) as error:
-            code = s3.error_code(error)
-            if code == "NoSuchKey" or (code == "AccessDenied" and self._is_absent(key)):
+            answer = await self._client.get(self.bucket, key, limit=self._largest)
+        except S3Error as error:
+            if error.code == "NoSuchKey" or (
+                error.code == "AccessDenied" and await self._is_absent(key)
+            ):
                 return None
             raise self._error("read", key, error) from error
-        fields: Any = answer["ResponseMetadata"].get("HTTPHeaders", {})
-        age = (_date(fields.get("date")) - answer["LastModified"]).total_seconds()
-        return Document(data, answer["ETag"], max(0.0, age))
+        told = answer.headers
+        age = (_date(told.get("Date")) - _date(told.get("Last-Modified"))).total_seconds()
+        return Document(answer.body, told.get("ETag", ""), max(0.0, age))
 
-    def list(self, prefix: str, *, after: str, limit: int) -> tuple[list[str], bool]:
-        """At most `limit` keys under `prefix` that come after `after`, in order, and whether there are more."""
+    async def list(self, prefix: str, *, after: str, limit: int) -> Listing:
+        """At most `limit` keys under `prefix` that come after `after`."""
         try:
-            answer = self._list(prefix, after, limit)
-        except (ClientError, BotoCoreError) as error:
-            if s3.error_code(error) != "AccessDenied":
+            return await self._list(prefix, after, limit)
+        except S3Error as error:
+            if error.code != "AccessDenied":
                 raise self._error("list", f"{prefix}*", error) from error
             raise RecordError(
                 f"cannot list {self.url(prefix)}*: the keypair may not do that. Attach the current policy for servers "
                 "to it (iam/model-runner*.json, the statement ListPredictions: s3:ListBucket)"
             ) from error
-        return [item["Key"] for item in answer.get("Contents", [])], bool(answer.get("IsTruncated"))
 
-    def _list(self, prefix: str, after: str, limit: int) -> Any:
-        return self.client.list_objects_v2(
-            Bucket=self.bucket, Prefix=prefix, StartAfter=after, MaxKeys=limit
-        )
+    async def _list(self, prefix: str, after: str, limit: int) -> Listing:
+        return await self._client.list_keys(self.bucket, prefix, after=after, limit=limit)
 
-    def _is_absent(self, key: str) -> bool:
+    async def _is_absent(self, key: str) -> bool:
         # AWS answers 403 instead of 404 to whoever may list only some prefixes: reading names no prefix, so that the
         # policy's condition is not met. Listing that one key tells them apart.
         try:
-            found = self._list(key, "", 1).get("Contents", [])
-        except (ClientError, BotoCoreError):
+            found = await self._list(key, "", 1)
+        except S3Error:
             return False  # the refusal to read is what is reported
-        return all(item["Key"] != key for item in found)
+        return key not in found.keys
 
-    def _put(self, key: str, data: bytes, **condition: Unpack[_Condition]) -> str:
+    async def _put(self, key: str, data: bytes, condition: Mapping[str, str] = _NONE) -> str:
+        headers = {
+            "Content-MD5": content_md5(data),
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",  # a cache in front of the bucket would tell of an earlier state
+            **condition,
+        }
         for attempts_left in reversed(range(ATTEMPTS)):
             try:
-                return self._send(key, data, **condition)
-            except (ClientError, BotoCoreError) as error:
-                code = s3.error_code(error)
-                if condition and code in _CHANGED:
+                return await self._client.put(self.bucket, key, data, headers)
+            except S3Error as error:
+                if condition and error.code in _CHANGED:
                     raise ChangedError from None
-                if code != _CONFLICT or not attempts_left:
+                if error.code != _CONFLICT or not attempts_left:
                     raise self._error("write", key, error) from error
-            time.sleep(LONGEST_WAIT_SECONDS * secrets.randbelow(1000) / 1000)
+            await asyncio.sleep(LONGEST_WAIT_SECONDS * secrets.randbelow(1000) / 1000)
         raise AssertionError("the last attempt returns or raises")
 
-    def _send(self, key: str, data: bytes, **condition: Unpack[_Condition]) -> str:
-        answer = self.client.put_object(
-            Bucket=self.bucket,
-            Key=key,
-            Body=data,
-            ContentMD5=s3.content_md5(data),
-            ContentType="application/json",
-            CacheControl="no-store",  # a cache in front of the bucket would tell of an earlier state
-            **condition,
-        )
-        return answer["ETag"]
-
-    def _put_and_look(self, key: str, data: bytes) -> str:
-        etag = self._put(key, data)
-        found = self.read(key)
+    async def _put_and_look(self, key: str, data: bytes) -> str:
+        etag = await self._put(key, data)
+        found = await self.read(key)
         if found is None or found.data != data:
             raise ChangedError
         return etag
 
-    def conditions_work(self) -> bool:
+    async def conditions_work(self) -> bool:
         """Whether the server keeps to If-None-Match and If-Match on writing; asked with two or three PUTs, once."""
-        with self._probing:
+        async with self._probing:
             if self._conditions_work is None:
-                self._conditions_work = self._probe()
+                self._conditions_work = await self._probe()
                 if not self._conditions_work:
                     _log.warning(
                         "the S3 server of bucket %s has no conditional writes (If-None-Match, If-Match): predictions "
@@ -186,25 +161,26 @@ class ConditionalBucket:
                     )
             return self._conditions_work
 
-    def _probe(self) -> bool:
+    async def _probe(self) -> bool:
         # The first replica ever creates it, and is refused the second time.
-        there = self._refuses(IfNoneMatch="*") or self._refuses(IfNoneMatch="*")
-        return there and self._refuses(IfMatch=_NO_SUCH_ETAG)
+        create, change = {"If-None-Match": "*"}, {"If-Match": _NO_SUCH_ETAG}
+        there = await self._refuses(create) or await self._refuses(create)
+        return there and await self._refuses(change)
 
-    def _refuses(self, **condition: Unpack[_Condition]) -> bool:
+    async def _refuses(self, condition: Mapping[str, str]) -> bool:
         try:
-            self._put(self._probe_key, b"", **condition)
+            await self._put(self._probe_key, b"", condition)
         except ChangedError:
             return True
         except RecordError as error:
             cause = error.__cause__
-            if isinstance(cause, ClientError) and s3.error_code(cause) in _NO_CONDITIONS:
+            if isinstance(cause, S3Error) and cause.code in _NO_CONDITIONS:
                 return False
             raise
         return False
 
-    def _error(self, verb: str, key: str, error: ClientError | BotoCoreError) -> RecordError:
-        return RecordError(f"cannot {verb} {self.url(key)}: {s3.explain(error)}")
+    def _error(self, verb: str, key: str, error: S3Error) -> RecordError:
+        return RecordError(f"cannot {verb} {self.url(key)}: {error}")
 
 
 def _date(value: str | None) -> datetime:

@@ -6,10 +6,10 @@ that its owner renews; when it ends unfinished, one other takes it over. It know
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ from images.prediction import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mypy_boto3_s3 import S3Client
     from pydantic import JsonValue
+
+    from s3.async_client import AsyncClient
 
 FOLDER = "predictions"
 LEASE_SECONDS = 60.0
@@ -88,7 +89,7 @@ class Page:
 
 
 class RecordStore:
-    """The predictions' records in the image bucket. Blocks; safe to use from several threads.
+    """The predictions' records in the image bucket, for one event loop.
 
     Every method raises RecordError, which names the object, the cause and what to try, and holds no secret. Requests:
     2 or 3 PUTs once to try the server; 1 PUT to claim, 1 to enter, 1 for each renewal, 1 to finish; for an id that
@@ -97,7 +98,7 @@ class RecordStore:
     """
 
     def __init__(
-        self, client: S3Client, bucket: str, prefix: str = "", owner: str | None = None
+        self, client: AsyncClient, bucket: str, prefix: str = "", owner: str | None = None
     ) -> None:
         """`owner` is this replica's name in the records: random unless given."""
         self.prefix = "/".join([*filter(None, prefix.split("/")), FOLDER])
@@ -110,7 +111,7 @@ class RecordStore:
         """Where the id's record lies."""
         return f"{self.prefix}/{record_name(prediction_id)}.json"
 
-    def claim(
+    async def claim(
         self, record: PredictionRecord, lease_seconds: float = LEASE_SECONDS
     ) -> Claimed | Existing:
         """Make the prediction the caller's if it is nobody's, of somebody who was not heard of for too long, or may run
@@ -122,9 +123,9 @@ class RecordStore:
         key, mine = self.key(record.id), self._claimed_by_me(record, lease_seconds, record)
         for _ in range(_ATTEMPTS):
             try:
-                return Claimed(mine, self._documents.create(key, mine.dump()))
+                return Claimed(mine, await self._documents.create(key, mine.dump()))
             except ChangedError:
-                stored = self.get(record.id)
+                stored = await self.get(record.id)
             if stored is None:
                 continue
             if stored.record.claim == mine.claim:  # the answer was lost, and the client asked again
@@ -134,16 +135,16 @@ class RecordStore:
                 return Existing(stored, same_input)
             mine = self._claimed_by_me(stored.record, lease_seconds, record)
             try:
-                return Claimed(mine, self._documents.replace(key, mine.dump(), stored.etag))
+                return Claimed(mine, await self._documents.replace(key, mine.dump(), stored.etag))
             except ChangedError:
                 continue
         raise self._contended(key)
 
-    def enter(self, record: PredictionRecord) -> None:
+    async def enter(self, record: PredictionRecord) -> None:
         """Make `recent` find it: once after each claim, and best while it is already being generated."""
-        self._documents.put(f"{self._by_time}{record.place_in_time}", b"")
+        await self._documents.put(f"{self._by_time}{record.place_in_time}", b"")
 
-    def renew(
+    async def renew(
         self, claimed: Claimed, lease_seconds: float | None = None, **changes: Any
     ) -> Claimed:
         """Begin the lease anew, and note how far it is (`status`, `started_at`, `metrics`).
@@ -153,9 +154,9 @@ class RecordStore:
         """
         if lease_seconds is not None:
             changes["lease_seconds"] = lease_seconds
-        return self._change(claimed, changes)
+        return await self._change(claimed, changes)
 
-    def finish(
+    async def finish(
         self,
         claimed: Claimed,
         status: Outcome,
@@ -184,49 +185,49 @@ class RecordStore:
             "completed_at": completed_at or datetime.now(UTC),
             "may_run_again": may_run_again,
         }
-        return self._change(claimed, changes).record
+        return (await self._change(claimed, changes)).record
 
-    def ask_to_cancel(self, prediction_id: str) -> bool:
+    async def ask_to_cancel(self, prediction_id: str) -> bool:
         """Leave word for whoever owns it; False where there is none, or it is finished. One GET and one PUT."""
         key = self.key(prediction_id)
         for _ in range(_ATTEMPTS):
-            stored = self.get(prediction_id)
+            stored = await self.get(prediction_id)
             if stored is None or stored.record.finished:
                 return False
             try:
                 data = stored.record.changed(cancel_requested=True).dump()
-                self._documents.replace(key, data, stored.etag)
+                await self._documents.replace(key, data, stored.etag)
             except ChangedError:
                 continue
             return True
         raise self._contended(key)
 
-    def webhook_sent(self, prediction_id: str, sent_at: datetime | None = None) -> None:
+    async def webhook_sent(self, prediction_id: str, sent_at: datetime | None = None) -> None:
         """Note that the caller was told of the end: all that changes in a finished record. One GET and one PUT.
 
         Two replicas may still tell of one end: what they send has to carry the prediction's id.
         """
         key, moment = self.key(prediction_id), sent_at or datetime.now(UTC)
         for _ in range(_ATTEMPTS):
-            stored = self.get(prediction_id)
+            stored = await self.get(prediction_id)
             if stored is None or not stored.webhook_due or stored.record.webhook is None:
                 return
             webhook = {**dict(stored.record.webhook), "sent_at": moment}
             try:
                 data = stored.record.changed(webhook=webhook).dump()
-                self._documents.replace(key, data, stored.etag)
+                await self._documents.replace(key, data, stored.etag)
             except ChangedError:
                 continue
             return
         raise self._contended(key)
 
-    def get(self, prediction_id: str) -> Stored | None:
+    async def get(self, prediction_id: str) -> Stored | None:
         """The id's record, or None where there is none."""
         key = self.key(prediction_id)
-        found = self._documents.read(key)
+        found = await self._documents.read(key)
         return None if found is None else self._parse(key, found, prediction_id)
 
-    def recent(self, limit: int, before: str | None = None) -> Page:
+    async def recent(self, limit: int, before: str | None = None) -> Page:
         """A page of at most `limit` (1 to 1000) predictions that were entered, newest first.
 
         `before` is what the page before it gave; the times are those of the replicas that claimed them. What cannot
@@ -234,24 +235,31 @@ class RecordStore:
         """
         if before is not None and not re.fullmatch(PLACE, before):
             raise RecordError(f"{before[:100]!r} is no place in the list: pass what a page gave")
-        keys, more = self._documents.list(
+        listing = await self._documents.list(
             self._by_time,
             after=f"{self._by_time}{before}" if before else "",
             limit=min(max(limit, 1), LARGEST_PAGE),
         )
-        places = [key.removeprefix(self._by_time) for key in keys]
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(self._at, places))
-        return Page(tuple(filter(None, found)), places[-1] if more and places else None)
+        places = [key.removeprefix(self._by_time) for key in listing.keys]
+        reading = asyncio.Semaphore(_READERS)
+
+        async def read(place: str) -> Stored | None:
+            async with reading:
+                return await self._at(place)
+
+        found = await asyncio.gather(*(read(place) for place in places))
+        return Page(
+            tuple(filter(None, found)), places[-1] if listing.is_truncated and places else None
+        )
 
     @property
     def _by_time(self) -> str:
         return f"{self.prefix}/by-time/"
 
-    def _at(self, place: str) -> Stored | None:
+    async def _at(self, place: str) -> Stored | None:
         _, _, name = place.partition("-")
         key = f"{self.prefix}/{name}.json"
-        found = self._documents.read(key)
+        found = await self._documents.read(key)
         if found is None:
             return None
         try:
@@ -287,16 +295,16 @@ class RecordStore:
             may_run_again=False,
         )
 
-    def _change(self, claimed: Claimed, changes: dict[str, Any]) -> Claimed:
-        """Write changes if the claim still holds. Renewing and finishing may happen at once, in two threads."""
+    async def _change(self, claimed: Claimed, changes: dict[str, Any]) -> Claimed:
+        """Write changes if the claim still holds. Renewing and finishing may happen at once."""
         key, current = self.key(claimed.record.id), claimed
         wanted = current.record.changed(**changes)
         for _ in range(_ATTEMPTS):
             data = wanted.dump()
             try:
-                return Claimed(wanted, self._documents.replace(key, data, current.etag))
+                return Claimed(wanted, await self._documents.replace(key, data, current.etag))
             except ChangedError:
-                found = self._documents.read(key)
+                found = await self._documents.read(key)
             if found is not None and found.data == data:  # written, and the answer was lost
                 return Claimed(wanted, found.etag)
             current = self._still_mine(key, found, claimed)

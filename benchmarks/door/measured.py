@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime
 
 from benchmarks.door.servers import IMAGES, KEY
 from images.prediction import PredictionRecord
 from images.records import RecordStore
-from s3 import connect
+from s3.async_client import AsyncClient
 from settings import StorageSettings
 
 WARM_UPS = 20
@@ -17,7 +18,7 @@ PUTS = 200
 
 def put_seconds(port: int) -> list[float]:
     """Of claims as the gateway writes them, each one PUT, one after the other."""
-    settings = StorageSettings.model_validate(
+    storage = StorageSettings.model_validate(
         {
             "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
             "AWS_REGION": "auto",
@@ -25,13 +26,18 @@ def put_seconds(port: int) -> list[float]:
             "AWS_SECRET_ACCESS_KEY": KEY,
         }
     )
-    records = RecordStore(connect(settings), IMAGES, "put")
+    return asyncio.run(_measured(storage))
+
+
+async def _measured(storage: StorageSettings) -> list[float]:
     found: list[float] = []
-    for number in range(WARM_UPS + PUTS):
-        record = PredictionRecord.of(
-            f"put-{number}", {"prompt": "a lighthouse"}, created_at=datetime.now(UTC)
-        )
-        started = time.perf_counter()
-        records.claim(record)
-        found.append(time.perf_counter() - started)
+    async with AsyncClient(storage) as client:
+        records = RecordStore(client, IMAGES, "put")
+        for number in range(WARM_UPS + PUTS):
+            record = PredictionRecord.of(
+                f"put-{number}", {"prompt": "a lighthouse"}, created_at=datetime.now(UTC)
+            )
+            started = time.perf_counter()
+            await records.claim(record)
+            found.append(time.perf_counter() - started)
     return found[WARM_UPS:]

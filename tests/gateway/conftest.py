@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from demo.s3 import EmbeddedS3
-from images.records import RecordStore
 from tests.support.gateway_server import small_runner
+from tests.support.records import BlockingRecords, storage_of
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +23,6 @@ def bucket(new_bucket: Callable[[], str]) -> str:
 
 
 @pytest.fixture
-def records(s3: EmbeddedS3, bucket: str) -> RecordStore:
+def records(s3: EmbeddedS3, bucket: str) -> BlockingRecords:
     """Another gateway's, or one's that is gone."""
-    return RecordStore(s3.client(), bucket)
+    return BlockingRecords(storage_of(s3), bucket)

@@ -17,9 +17,10 @@ import standardwebhooks
 
 from demo.s3 import EmbeddedS3, Fault
 from images.prediction import PredictionRecord, Webhook
-from images.records import Claimed, RecordStore
+from images.records import Claimed
 from tests.support.gateway_server import TIMEOUT_S, GatewayServer
 from tests.support.receiver import receiver
+from tests.support.records import BlockingRecords, storage_of
 
 ASYNC = {"Prefer": "respond-async"}
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -44,9 +45,9 @@ def environment(
 
 
 @pytest.fixture
-def records(s3: EmbeddedS3, environment: dict[str, str]) -> RecordStore:
+def records(s3: EmbeddedS3, environment: dict[str, str]) -> BlockingRecords:
     """A gateway that is dead, as far as its records tell."""
-    return RecordStore(s3.client(), environment["PUBLIC_BUCKET_NAME"])
+    return BlockingRecords(storage_of(s3), environment["PUBLIC_BUCKET_NAME"])
 
 
 def runs(journal: Path, prompt: str) -> int:
@@ -68,7 +69,7 @@ def until_over(gateway: GatewayServer, prediction_id: str) -> dict[str, Any]:
 
 
 def left_behind(
-    records: RecordStore, prediction_id: str, prompt: str, *, claims: int = 1, **fields: Any
+    records: BlockingRecords, prediction_id: str, prompt: str, *, claims: int = 1, **fields: Any
 ) -> None:
     """A prediction whose gateway has not been heard of for longer than it said."""
     record = PredictionRecord.of(
@@ -184,7 +185,7 @@ def test_who_waits_at_a_gateway_that_stops_is_told_to_ask_again_and_gets_it_then
 
 
 def test_what_a_dead_gateway_left_is_made_where_nobody_needs_to_wait_for_it(
-    environment: dict[str, str], runner_folder: Path, journal: Path, records: RecordStore
+    environment: dict[str, str], runner_folder: Path, journal: Path, records: BlockingRecords
 ) -> None:
     with receiver() as hook:
         webhook = Webhook(url=hook.url)
@@ -201,7 +202,7 @@ def test_what_a_dead_gateway_left_is_made_where_nobody_needs_to_wait_for_it(
 
 
 def test_what_has_ended_several_gateways_is_not_tried_again_and_its_caller_told(
-    environment: dict[str, str], runner_folder: Path, journal: Path, records: RecordStore
+    environment: dict[str, str], runner_folder: Path, journal: Path, records: BlockingRecords
 ) -> None:
     with receiver() as hook:
         webhook = Webhook(url=hook.url, events_filter=("completed",))

@@ -25,7 +25,9 @@ from gateway.webhooks import Webhooks
 from images.prediction import PredictionRecord
 from images.records import Claimed, RecordStore
 from images.store import ImageStore
+from s3.async_client import AsyncClient
 from tests.gateway.watching import TIMEOUT_S, run
+from tests.support.records import BlockingRecords, storage_of
 
 GIVEN = {"prompt": "x"}
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
@@ -66,12 +68,13 @@ async def desk_before(s3: EmbeddedS3, bucket: str, serve: Serve) -> AsyncIterato
     async with (
         listening,
         new_session() as session,
+        AsyncClient(storage_of(s3)) as client,
         httpx.AsyncClient(
             transport=GuardedTransport(Guard(parse_allowed(""))), trust_env=False
         ) as theirs,
     ):
         cog = Cog(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
-        ledger = Ledger(RecordStore(s3.client(), bucket), ImageStore(s3.client(), bucket))
+        ledger = Ledger(RecordStore(client, bucket), ImageStore(s3.client(), bucket))
         desk = Desk(
             cog,
             CogClient(cog, session),
@@ -85,7 +88,6 @@ async def desk_before(s3: EmbeddedS3, bucket: str, serve: Serve) -> AsyncIterato
             yield desk
         finally:
             await desk.close(0.0)
-            ledger.close()
 
 
 async def until(holds: Callable[[], Any]) -> None:
@@ -94,14 +96,14 @@ async def until(holds: Callable[[], Any]) -> None:
             await asyncio.sleep(0.02)
 
 
-def record_of(records: RecordStore, name: str) -> PredictionRecord:
+def record_of(records: BlockingRecords, name: str) -> PredictionRecord:
     stored = records.get(name)
     assert stored is not None
     return stored.record
 
 
 def test_what_the_gateway_fails_at_is_recorded_as_its_callers_are_told(
-    s3: EmbeddedS3, bucket: str, records: RecordStore
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords
 ) -> None:
     async def nonsense(writer: asyncio.StreamWriter) -> None:
         deep = "[" * 100_000 + "]" * 100_000  # no program reads that
@@ -122,7 +124,7 @@ def test_what_the_gateway_fails_at_is_recorded_as_its_callers_are_told(
 
 
 def test_a_prediction_that_is_cancelled_before_it_is_known_whose_it_is_is_cancelled_there(
-    s3: EmbeddedS3, bucket: str, records: RecordStore
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords
 ) -> None:
     async def never(writer: asyncio.StreamWriter) -> None:
         raise AssertionError("it is another's")
@@ -153,7 +155,7 @@ def test_a_prediction_that_is_cancelled_before_it_is_known_whose_it_is_is_cancel
 
 
 def test_a_server_that_stops_does_not_wait_for_what_it_has_not_begun_to_follow(
-    s3: EmbeddedS3, bucket: str, records: RecordStore
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords
 ) -> None:
     async def never(writer: asyncio.StreamWriter) -> None:
         raise AssertionError("it is another's")
@@ -180,7 +182,7 @@ def test_a_server_that_stops_does_not_wait_for_what_it_has_not_begun_to_follow(
 
 
 def test_who_wants_it_in_the_background_gets_that_though_another_asked_first(
-    s3: EmbeddedS3, bucket: str, records: RecordStore
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords
 ) -> None:
     begun = asyncio.Event()
 

@@ -23,8 +23,10 @@ from gateway.webhooks import Webhooks
 from images.prediction import PredictionRecord, Webhook
 from images.records import Claimed, RecordStore
 from images.store import ImageStore
+from s3.async_client import AsyncClient
 from tests.gateway.watching import TIMEOUT_S, run
 from tests.support.receiver import Receiver, receiver
+from tests.support.records import BlockingRecords, storage_of
 
 
 @asynccontextmanager
@@ -33,11 +35,12 @@ async def sweeping(s3: EmbeddedS3, bucket: str) -> AsyncIterator[Desk]:
     async with (
         httpx.AsyncClient(trust_env=False) as client,
         new_session() as session,
+        AsyncClient(storage_of(s3)) as bucket_client,
         httpx.AsyncClient(transport=GuardedTransport(guard), trust_env=False) as theirs,
     ):
         cog = CogProcess(client)
         ledger = Ledger(
-            RecordStore(s3.client(), bucket), ImageStore(s3.client(), bucket, "", 3600, None)
+            RecordStore(bucket_client, bucket), ImageStore(s3.client(), bucket, "", 3600, None)
         )
         desk = Desk(
             cog,
@@ -55,11 +58,15 @@ async def sweeping(s3: EmbeddedS3, bucket: str) -> AsyncIterator[Desk]:
         finally:
             task.cancel()
             await desk.close(0.0)
-            ledger.close()
 
 
 def left(
-    records: RecordStore, name: str, *, lease_seconds: float = 60.0, claims: int = 1, **fields: Any
+    records: BlockingRecords,
+    name: str,
+    *,
+    lease_seconds: float = 60.0,
+    claims: int = 1,
+    **fields: Any,
 ) -> Claimed:
     record = PredictionRecord.of(name, {"prompt": name}, created_at=datetime.now(UTC), **fields)
     for claim in reversed(range(claims)):
@@ -69,7 +76,7 @@ def left(
     return claimed
 
 
-def ended(records: RecordStore, name: str, output: Any = None, **fields: Any) -> None:
+def ended(records: BlockingRecords, name: str, output: Any = None, **fields: Any) -> None:
     records.finish(left(records, name, **fields), "succeeded", output=output)
 
 
@@ -84,7 +91,7 @@ async def until(holds: Callable[[], Any]) -> None:
 
 
 def test_who_wants_to_hear_no_more_is_not_told_at_every_look(
-    s3: EmbeddedS3, bucket: str, records: RecordStore
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords
 ) -> None:
     async def test() -> None:
         with receiver() as gone, receiver() as later:
@@ -104,7 +111,7 @@ def test_who_wants_to_hear_no_more_is_not_told_at_every_look(
 
 
 def test_what_is_left_is_found_again_behind_all_that_came_after_it(
-    s3: EmbeddedS3, bucket: str, records: RecordStore, monkeypatch: pytest.MonkeyPatch
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "PAGE", 2)
 
@@ -120,8 +127,30 @@ def test_what_is_left_is_found_again_behind_all_that_came_after_it(
     run(test)
 
 
+def test_one_that_cannot_be_looked_after_holds_up_no_other(
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        for name in ("well", "ill"):
+            left(records, name, lease_seconds=0.0, claims=sweep.MOST_ATTEMPTS, background=True)
+        async with sweeping(s3, bucket) as desk:
+            has = desk.has
+
+            def fail(prediction_id: str) -> bool:
+                if prediction_id == "ill":
+                    raise ZeroDivisionError
+                return has(prediction_id)
+
+            desk.has = fail  # type: ignore[method-assign]
+            await until(lambda: _record(records, "well").finished)
+        assert not _record(records, "ill").finished
+
+    run(test)
+    assert "prediction ill is left as it is" in caplog.text
+
+
 def test_once_nothing_is_left_the_newest_are_looked_at_alone(
-    s3: EmbeddedS3, bucket: str, records: RecordStore, monkeypatch: pytest.MonkeyPatch
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "PAGE", 2)
 
@@ -148,7 +177,7 @@ def test_once_nothing_is_left_the_newest_are_looked_at_alone(
     run(test)
 
 
-def _record(records: RecordStore, name: str) -> PredictionRecord:
+def _record(records: BlockingRecords, name: str) -> PredictionRecord:
     stored = records.get(name)
     assert stored is not None
     return stored.record

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from images.prediction import PredictionRecord
-from images.records import Claimed, Existing, RecordStore, Stored
+from images.records import Claimed, Existing, Stored
+from tests.support.records import BlockingRecords
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -22,19 +23,21 @@ def asked(prediction_id: str = "a-cat", input: Any = None, **more: Any) -> Predi
     return PredictionRecord.of(prediction_id, input or CAT, **{"created_at": NOON, **more})
 
 
-def claim(store: RecordStore, *arguments: Any, lease_seconds: float = 60, **more: Any) -> Claimed:
+def claim(
+    store: BlockingRecords, *arguments: Any, lease_seconds: float = 60, **more: Any
+) -> Claimed:
     claimed = store.claim(asked(*arguments, **more), lease_seconds)
     assert isinstance(claimed, Claimed)
     return claimed
 
 
-def existing(store: RecordStore, *arguments: Any) -> Existing:
+def existing(store: BlockingRecords, *arguments: Any) -> Existing:
     found = store.claim(asked(*arguments))
     assert isinstance(found, Existing)
     return found
 
 
-def got(store: RecordStore, prediction_id: str = "a-cat") -> Stored:
+def got(store: BlockingRecords, prediction_id: str = "a-cat") -> Stored:
     stored = store.get(prediction_id)
     assert stored is not None
     return stored

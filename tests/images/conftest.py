@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from demo.s3 import EmbeddedS3
-from images.records import RecordStore
+from settings import StorageSettings
 from tests.images.plain_s3 import PlainS3
 from tests.images.test_store import connect
+from tests.support.records import BlockingRecords, storage_of
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -27,14 +28,19 @@ def bucket(new_bucket: Callable[[], str]) -> str:
 
 
 @pytest.fixture
-def store(client: S3Client, bucket: str) -> RecordStore:
-    return RecordStore(client, bucket)
+def storage(s3: EmbeddedS3) -> StorageSettings:
+    return storage_of(s3)
 
 
 @pytest.fixture
-def other(client: S3Client, bucket: str) -> RecordStore:
+def store(storage: StorageSettings, bucket: str) -> BlockingRecords:
+    return BlockingRecords(storage, bucket)
+
+
+@pytest.fixture
+def other(storage: StorageSettings, bucket: str) -> BlockingRecords:
     """Another replica's."""
-    return RecordStore(client, bucket)
+    return BlockingRecords(storage, bucket)
 
 
 @pytest.fixture

@@ -11,14 +11,16 @@ import pytest
 
 from images.errors import RecordError
 from images.prediction import LARGEST_RECORD, Webhook, record_name
-from images.records import Claimed, RecordStore
+from images.records import Claimed
+from settings import StorageSettings
 from tests.images.claims import CAT, asked, claim, document, existing, got, write
+from tests.support.records import BlockingRecords
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
-def test_the_order_of_an_inputs_fields_makes_no_other_input(store: RecordStore) -> None:
+def test_the_order_of_an_inputs_fields_makes_no_other_input(store: BlockingRecords) -> None:
     claim(store, "a-cat", {"prompt": "a cat", "seed": 7})
 
     assert existing(store, "a-cat", {"seed": 7, "prompt": "a cat"}).same_input
@@ -47,7 +49,7 @@ IDS = [
 ]
 
 
-def test_ids_that_look_alike_have_records_of_their_own(store: RecordStore) -> None:
+def test_ids_that_look_alike_have_records_of_their_own(store: BlockingRecords) -> None:
     for number, prediction_id in enumerate(IDS):
         store.finish(claim(store, prediction_id), "succeeded", output=number)
 
@@ -55,14 +57,16 @@ def test_ids_that_look_alike_have_records_of_their_own(store: RecordStore) -> No
     assert [got(store, prediction_id).record.id for prediction_id in IDS] == IDS
 
 
-def test_an_id_that_is_the_name_of_a_hashed_one_is_hashed_itself(store: RecordStore) -> None:
+def test_an_id_that_is_the_name_of_a_hashed_one_is_hashed_itself(store: BlockingRecords) -> None:
     claim(store, "a/b")
 
     assert isinstance(store.claim(asked(record_name("a/b"))), Claimed)
 
 
-def test_a_record_lies_under_the_prefix_by_its_id(client: S3Client, bucket: str) -> None:
-    store = RecordStore(client, bucket, "//team/a/")
+def test_a_record_lies_under_the_prefix_by_its_id(
+    client: S3Client, storage: StorageSettings, bucket: str
+) -> None:
+    store = BlockingRecords(storage, bucket, "//team/a/")
 
     claimed = claim(store)
     store.enter(claimed.record)
@@ -76,7 +80,7 @@ def test_a_record_lies_under_the_prefix_by_its_id(client: S3Client, bucket: str)
 
 
 def test_the_document_says_what_there_is_and_no_secret(
-    client: S3Client, bucket: str, store: RecordStore
+    client: S3Client, bucket: str, store: BlockingRecords
 ) -> None:
     claimed = claim(store, webhook=Webhook(url="https://me/hook", events_filter=("completed",)))
 
@@ -122,7 +126,7 @@ def test_a_webhook_with_a_password_is_refused() -> None:
 
 
 def test_fields_of_a_newer_release_survive(
-    client: S3Client, bucket: str, store: RecordStore
+    client: S3Client, bucket: str, store: BlockingRecords
 ) -> None:
     claim(store, lease_seconds=0, webhook=Webhook(url="https://me/1"))
     content = document(client, bucket)
@@ -149,7 +153,7 @@ def test_fields_of_a_newer_release_survive(
     ],
 )
 def test_what_is_no_record_is_a_clear_error(
-    client: S3Client, bucket: str, store: RecordStore, content: bytes, problem: str
+    client: S3Client, bucket: str, store: BlockingRecords, content: bytes, problem: str
 ) -> None:
     write(client, bucket, content)
 
@@ -164,7 +168,7 @@ def test_what_is_no_record_is_a_clear_error(
 
 
 def test_a_record_of_another_id_is_a_clear_error(
-    client: S3Client, bucket: str, store: RecordStore
+    client: S3Client, bucket: str, store: BlockingRecords
 ) -> None:
     claim(store)
     content = document(client, bucket)
@@ -175,12 +179,12 @@ def test_a_record_of_another_id_is_a_clear_error(
 
 
 def test_what_is_too_large_is_neither_written_nor_read(
-    client: S3Client, bucket: str, store: RecordStore
+    client: S3Client, bucket: str, store: BlockingRecords
 ) -> None:
     with pytest.raises(RecordError, match=rf"and {LARGEST_RECORD} are the most: send a smaller"):
         store.claim(asked("a-cat", {"prompt": "x" * LARGEST_RECORD}))
     write(client, bucket, b" " * (LARGEST_RECORD + 1))
-    with pytest.raises(RecordError, match=rf"a-cat\.json has {LARGEST_RECORD + 1} bytes"):
+    with pytest.raises(RecordError, match=rf"a-cat\.json: it has {LARGEST_RECORD + 1} bytes"):
         store.get("a-cat")
 
 
@@ -190,13 +194,13 @@ def test_an_input_that_is_no_json_is_refused(value: Any) -> None:
         asked("a-cat", {"prompt": value})
 
 
-def test_an_error_that_quotes_half_a_character_is_recorded(store: RecordStore) -> None:
+def test_an_error_that_quotes_half_a_character_is_recorded(store: BlockingRecords) -> None:
     store.finish(claim(store), "failed", error="no such word: \ud83d")
 
     assert got(store).record.error == "no such word: ?"
 
 
-def test_a_result_that_is_no_json_leaves_the_record_as_it_was(store: RecordStore) -> None:
+def test_a_result_that_is_no_json_leaves_the_record_as_it_was(store: BlockingRecords) -> None:
     claimed = claim(store)
 
     with pytest.raises(RecordError, match="prediction a-cat"):

@@ -9,14 +9,15 @@ import pytest
 
 from demo.s3 import EmbeddedS3
 from images.errors import RecordError
-from images.records import Claimed, RecordStore
+from images.records import Claimed
 from tests.images.claims import NOON, claim, write
+from tests.support.records import BlockingRecords
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
-def test_the_newest_come_first_page_by_page(store: RecordStore) -> None:
+def test_the_newest_come_first_page_by_page(store: BlockingRecords) -> None:
     ids = [f"p{number}" for number in range(7)] + ["a/b"]
     for number, prediction_id in enumerate(ids):
         moment = NOON + timedelta(milliseconds=number)
@@ -30,7 +31,7 @@ def test_the_newest_come_first_page_by_page(store: RecordStore) -> None:
     assert listed == [["a/b", "p6", "p5"], ["p4", "p3", "p2"], ["p1", "p0"]]
 
 
-def test_what_came_since_the_first_page_does_not_move_the_next(store: RecordStore) -> None:
+def test_what_came_since_the_first_page_does_not_move_the_next(store: BlockingRecords) -> None:
     for number in range(4):
         moment = NOON + timedelta(seconds=number)
         store.enter(claim(store, f"p{number}", created_at=moment).record)
@@ -43,7 +44,7 @@ def test_what_came_since_the_first_page_does_not_move_the_next(store: RecordStor
 
 
 def test_a_page_costs_one_listing_and_one_read_for_each_on_it(
-    s3: EmbeddedS3, bucket: str, store: RecordStore
+    s3: EmbeddedS3, bucket: str, store: BlockingRecords
 ) -> None:
     for number in range(5):
         moment = NOON + timedelta(seconds=number)
@@ -57,7 +58,7 @@ def test_a_page_costs_one_listing_and_one_read_for_each_on_it(
 
 
 def test_what_a_crash_left_unfinished_is_listed_as_abandoned(
-    store: RecordStore, other: RecordStore
+    store: BlockingRecords, other: BlockingRecords
 ) -> None:
     for prediction_id, lease_seconds in (("alive", 60.0), ("dead", 0.0), ("done", 0.0)):
         claimed = claim(store, prediction_id, lease_seconds=lease_seconds)
@@ -73,7 +74,7 @@ def test_what_a_crash_left_unfinished_is_listed_as_abandoned(
 
 
 def test_one_damaged_record_does_not_hide_the_others(
-    client: S3Client, bucket: str, store: RecordStore, caplog: pytest.LogCaptureFixture
+    client: S3Client, bucket: str, store: BlockingRecords, caplog: pytest.LogCaptureFixture
 ) -> None:
     for prediction_id in ("a-cat", "a-dog", "gone"):
         store.enter(claim(store, prediction_id).record)
@@ -87,6 +88,8 @@ def test_one_damaged_record_does_not_hide_the_others(
 
 
 @pytest.mark.parametrize("before", ["", "../x", "1-a", "0000000000000-", "0000000000000-a/b"])
-def test_a_place_in_the_list_that_no_page_gave_is_refused(store: RecordStore, before: str) -> None:
+def test_a_place_in_the_list_that_no_page_gave_is_refused(
+    store: BlockingRecords, before: str
+) -> None:
     with pytest.raises(RecordError, match="is no place in the list"):
         store.recent(5, before)

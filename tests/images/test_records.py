@@ -13,17 +13,18 @@ import pytest
 from demo.s3 import EmbeddedS3, Fault
 from images.errors import ImagesError, LostLeaseError, RecordError
 from images.prediction import Webhook
-from images.records import Claimed, Existing, RecordStore
+from images.records import Claimed, Existing
+from settings import StorageSettings
 from tests.images.claims import CAT, NOON, asked, claim, existing, got
 from tests.images.plain_s3 import PlainS3
-from tests.images.test_store import connect
+from tests.support.records import BlockingRecords, storage_of
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
 def test_who_claims_first_has_it_and_everybody_else_sees_that(
-    store: RecordStore, other: RecordStore
+    store: BlockingRecords, other: BlockingRecords
 ) -> None:
     claimed = claim(store)
 
@@ -35,11 +36,11 @@ def test_who_claims_first_has_it_and_everybody_else_sees_that(
     assert (claimed.record.owner, claimed.record.attempts) == (store.owner, 1)
 
 
-def test_one_of_many_that_claim_at_once_has_it(client: S3Client, bucket: str) -> None:
-    stores = [RecordStore(client, bucket) for _ in range(16)]
+def test_one_of_many_that_claim_at_once_has_it(storage: StorageSettings, bucket: str) -> None:
+    stores = [BlockingRecords(storage, bucket) for _ in range(16)]
     together = threading.Barrier(len(stores))
 
-    def compete(store: RecordStore) -> Claimed | Existing:
+    def compete(store: BlockingRecords) -> Claimed | Existing:
         together.wait()
         return store.claim(asked())
 
@@ -51,7 +52,7 @@ def test_one_of_many_that_claim_at_once_has_it(client: S3Client, bucket: str) ->
     assert seen == [winner.record] * 15
 
 
-def test_one_replica_asked_twice_at_once_generates_once(store: RecordStore) -> None:
+def test_one_replica_asked_twice_at_once_generates_once(store: BlockingRecords) -> None:
     together = threading.Barrier(8)
 
     def compete(_: int) -> Claimed | Existing:
@@ -64,7 +65,9 @@ def test_one_replica_asked_twice_at_once_generates_once(store: RecordStore) -> N
     assert [isinstance(result, Claimed) for result in results].count(True) == 1
 
 
-def test_what_is_finished_is_returned_for_ever(store: RecordStore, other: RecordStore) -> None:
+def test_what_is_finished_is_returned_for_ever(
+    store: BlockingRecords, other: BlockingRecords
+) -> None:
     claimed = claim(store, lease_seconds=0)
     later = NOON + timedelta(seconds=3)
 
@@ -84,7 +87,7 @@ def test_what_is_finished_is_returned_for_ever(store: RecordStore, other: Record
     assert isinstance(other.claim(record), Existing)
 
 
-def test_a_result_is_never_changed_not_even_by_its_own_replica(store: RecordStore) -> None:
+def test_a_result_is_never_changed_not_even_by_its_own_replica(store: BlockingRecords) -> None:
     claimed = claim(store)
     store.finish(claimed, "canceled")
 
@@ -99,13 +102,13 @@ def test_a_result_is_never_changed_not_even_by_its_own_replica(store: RecordStor
 
 
 def test_one_of_many_takes_over_what_a_dead_replica_left(
-    store: RecordStore, client: S3Client, bucket: str
+    store: BlockingRecords, storage: StorageSettings, bucket: str
 ) -> None:
     claim(store, lease_seconds=0)
-    stores = [RecordStore(client, bucket) for _ in range(16)]
+    stores = [BlockingRecords(storage, bucket) for _ in range(16)]
     together = threading.Barrier(len(stores))
 
-    def compete(replica: RecordStore) -> Claimed | Existing:
+    def compete(replica: BlockingRecords) -> Claimed | Existing:
         together.wait()
         return replica.claim(asked(created_at=NOON + timedelta(hours=1)))
 
@@ -119,7 +122,9 @@ def test_one_of_many_takes_over_what_a_dead_replica_left(
     assert not got(store).abandoned
 
 
-def test_who_lost_the_lease_cannot_record_a_result(store: RecordStore, other: RecordStore) -> None:
+def test_who_lost_the_lease_cannot_record_a_result(
+    store: BlockingRecords, other: BlockingRecords
+) -> None:
     lost = claim(store, lease_seconds=0)
     won = claim(other)
 
@@ -134,7 +139,7 @@ def test_who_lost_the_lease_cannot_record_a_result(store: RecordStore, other: Re
     assert got(store).record.output == ["of the winner"]
 
 
-def test_a_late_owner_nobody_replaced_still_finishes(store: RecordStore) -> None:
+def test_a_late_owner_nobody_replaced_still_finishes(store: BlockingRecords) -> None:
     claimed = claim(store, lease_seconds=0)
     assert got(store).abandoned
 
@@ -143,7 +148,7 @@ def test_a_late_owner_nobody_replaced_still_finishes(store: RecordStore) -> None
     assert got(store).record.status == "succeeded"
 
 
-def test_renewing_begins_the_lease_anew_and_notes_how_far_it_is(store: RecordStore) -> None:
+def test_renewing_begins_the_lease_anew_and_notes_how_far_it_is(store: BlockingRecords) -> None:
     claimed = claim(store, lease_seconds=0)
 
     renewed = store.renew(claimed, 60, status="processing", started_at=NOON)
@@ -153,7 +158,9 @@ def test_renewing_begins_the_lease_anew_and_notes_how_far_it_is(store: RecordSto
     assert not got(store).abandoned
 
 
-def test_renewing_in_one_thread_does_not_disturb_finishing_in_another(store: RecordStore) -> None:
+def test_renewing_in_one_thread_does_not_disturb_finishing_in_another(
+    store: BlockingRecords,
+) -> None:
     claimed = claim(store)
     store.renew(claimed, status="processing", metrics={"step": 2})
 
@@ -164,7 +171,7 @@ def test_renewing_in_one_thread_does_not_disturb_finishing_in_another(store: Rec
 
 
 def test_the_lease_goes_by_the_buckets_clock(
-    store: RecordStore, monkeypatch: pytest.MonkeyPatch
+    store: BlockingRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Ahead(datetime):
         @classmethod
@@ -179,7 +186,7 @@ def test_the_lease_goes_by_the_buckets_clock(
 
 
 def test_the_same_id_with_another_input_is_recognised_and_never_taken_over(
-    store: RecordStore, other: RecordStore
+    store: BlockingRecords, other: BlockingRecords
 ) -> None:
     claim(store, lease_seconds=0)
 
@@ -191,7 +198,7 @@ def test_the_same_id_with_another_input_is_recognised_and_never_taken_over(
 
 
 def test_a_webhook_is_due_from_the_end_until_it_was_sent(
-    store: RecordStore, other: RecordStore
+    store: BlockingRecords, other: BlockingRecords
 ) -> None:
     claimed = claim(store, webhook=Webhook(url="https://me/1"))
     store.webhook_sent("a-cat")  # of no end: not noted
@@ -210,7 +217,7 @@ def test_a_webhook_is_due_from_the_end_until_it_was_sent(
 
 
 @pytest.mark.parametrize("webhook", [None, Webhook(url="https://me/1", events_filter=("logs",))])
-def test_who_did_not_ask_is_not_told(store: RecordStore, webhook: Webhook | None) -> None:
+def test_who_did_not_ask_is_not_told(store: BlockingRecords, webhook: Webhook | None) -> None:
     store.finish(claim(store, webhook=webhook), "succeeded")
     store.webhook_sent("a-cat")
     store.webhook_sent("nobody")
@@ -218,7 +225,7 @@ def test_who_did_not_ask_is_not_told(store: RecordStore, webhook: Webhook | None
     assert not got(store).webhook_due
 
 
-def test_a_takeover_begins_from_nothing(store: RecordStore, other: RecordStore) -> None:
+def test_a_takeover_begins_from_nothing(store: BlockingRecords, other: BlockingRecords) -> None:
     claimed = claim(store, lease_seconds=0)
     store.renew(claimed, status="processing", started_at=NOON, metrics={"step": 2})
 
@@ -228,7 +235,7 @@ def test_a_takeover_begins_from_nothing(store: RecordStore, other: RecordStore) 
 
 
 def test_a_takeover_keeps_the_webhook_unless_there_is_a_new_one(
-    store: RecordStore, other: RecordStore
+    store: BlockingRecords, other: BlockingRecords
 ) -> None:
     first, second = Webhook(url="https://me/1"), Webhook(url="https://me/2")
     claim(store, webhook=first, lease_seconds=0)
@@ -237,12 +244,12 @@ def test_a_takeover_keeps_the_webhook_unless_there_is_a_new_one(
     assert claim(other, webhook=second).record.webhook == second
 
 
-def test_an_unknown_id_is_none(store: RecordStore) -> None:
+def test_an_unknown_id_is_none(store: BlockingRecords) -> None:
     assert store.get("nobody") is None
 
 
 def test_an_unknown_id_is_none_where_the_server_answers_403_to_who_may_not_list_everything(
-    s3: EmbeddedS3, store: RecordStore, bucket: str
+    s3: EmbeddedS3, store: BlockingRecords, bucket: str
 ) -> None:
     refusal = Fault("status", bucket=bucket, key="predictions/*.json", status=403)
     with s3.fault(refusal):
@@ -252,8 +259,8 @@ def test_an_unknown_id_is_none_where_the_server_answers_403_to_who_may_not_list_
             store.get("a-cat")
 
 
-def test_a_bucket_that_is_gone_is_a_clear_error(client: S3Client) -> None:
-    store = RecordStore(client, f"gone-{uuid.uuid4().hex[:8]}")
+def test_a_bucket_that_is_gone_is_a_clear_error(storage: StorageSettings) -> None:
+    store = BlockingRecords(storage, f"gone-{uuid.uuid4().hex[:8]}")
 
     for call in (
         lambda: store.claim(asked()),
@@ -273,7 +280,7 @@ def test_a_keypair_without_rights_is_told_which_and_where(s3: EmbeddedS3, bucket
         ],
     }
     keys = s3.create_user(f"{bucket}-user", nothing)
-    store = RecordStore(connect(s3.endpoint_url, keys), bucket)
+    store = BlockingRecords(storage_of(s3, keys), bucket)
 
     for call, object_and_advice in (
         (lambda: store.claim(asked()), rf"write s3://{bucket}/predictions/\S+: .*policy attached"),
@@ -289,7 +296,7 @@ def test_a_keypair_without_rights_is_told_which_and_where(s3: EmbeddedS3, bucket
 
 
 def test_a_prediction_costs_three_writes_and_asking_again_one_write_and_one_read(
-    s3: EmbeddedS3, bucket: str, store: RecordStore
+    s3: EmbeddedS3, bucket: str, store: BlockingRecords
 ) -> None:
     claim(store, "the first tries the server")
     before = len(s3.requests(bucket))
@@ -304,7 +311,7 @@ def test_a_prediction_costs_three_writes_and_asking_again_one_write_and_one_read
 
 
 def test_a_record_that_was_deleted_meanwhile_is_not_written_again(
-    client: S3Client, bucket: str, store: RecordStore
+    client: S3Client, bucket: str, store: BlockingRecords
 ) -> None:
     claimed = claim(store)
     client.delete_object(Bucket=bucket, Key="predictions/a-cat.json")
@@ -316,7 +323,7 @@ def test_a_record_that_was_deleted_meanwhile_is_not_written_again(
 
 
 def test_a_write_that_meets_another_under_way_is_tried_again(plain: PlainS3) -> None:
-    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    store = BlockingRecords(plain.storage, "pictures")
     plain.conflict = 2
 
     claimed = claim(store)
@@ -327,7 +334,7 @@ def test_a_write_that_meets_another_under_way_is_tried_again(plain: PlainS3) -> 
 
 
 def test_a_conflict_that_stays_is_a_clear_error(plain: PlainS3) -> None:
-    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    store = BlockingRecords(plain.storage, "pictures")
     claim(store, "the first tries the server")
     plain.conflict = 1000
 
@@ -336,7 +343,7 @@ def test_a_conflict_that_stays_is_a_clear_error(plain: PlainS3) -> None:
 
 
 def test_a_claim_whose_answer_was_lost_is_still_a_claim(plain: PlainS3) -> None:
-    store = RecordStore(connect(plain.endpoint_url), "pictures")
+    store = BlockingRecords(plain.storage, "pictures")
     claim(store, "the first tries the server")
 
     plain.lose = 1
@@ -354,7 +361,7 @@ def test_without_conditional_writes_looking_before_and_after_does_and_is_said_on
     plain: PlainS3, caplog: pytest.LogCaptureFixture, ignored: tuple[str, ...]
 ) -> None:
     plain.conditional_writes, plain.ignored = bool(ignored), ignored  # or they are refused
-    store, other = (RecordStore(connect(plain.endpoint_url), "pictures") for _ in range(2))
+    store, other = (BlockingRecords(plain.storage, "pictures") for _ in range(2))
 
     lost = claim(store, lease_seconds=0)
     won = claim(other)
@@ -371,7 +378,7 @@ def test_without_conditional_writes_who_was_overwritten_at_once_does_not_have_it
     plain: PlainS3,
 ) -> None:
     plain.conditional_writes = False
-    store, other = (RecordStore(connect(plain.endpoint_url), "pictures") for _ in range(2))
+    store, other = (BlockingRecords(plain.storage, "pictures") for _ in range(2))
     together = threading.Barrier(2)
     store_write = plain.put
 
@@ -389,7 +396,7 @@ def test_without_conditional_writes_who_was_overwritten_at_once_does_not_have_it
 
 
 def test_what_ended_undone_is_generated_for_whoever_asks_again(
-    store: RecordStore, other: RecordStore
+    store: BlockingRecords, other: BlockingRecords
 ) -> None:
     undone = store.finish(claim(store), "canceled", error="its caller left", may_run_again=True)
     assert undone.finished
@@ -402,7 +409,7 @@ def test_what_ended_undone_is_generated_for_whoever_asks_again(
 
 
 def test_its_owner_hears_when_it_renews_that_somebody_wants_it_canceled(
-    store: RecordStore, other: RecordStore
+    store: BlockingRecords, other: BlockingRecords
 ) -> None:
     claimed = claim(store)
 

@@ -12,10 +12,11 @@ import pytest
 
 from demo.s3 import EmbeddedS3
 from images.prediction import PredictionRecord
-from images.records import Claimed, RecordStore
+from images.records import Claimed
 from scripts import fill_iam
 from scripts.fill_iam import PolicyError, fill
 from tests.conftest import Buckets
+from tests.support.records import BlockingRecords, storage_of
 
 IAM = Path(__file__).resolve().parents[2] / "iam"
 RUNNERS = ["model-runner.json", "model-runner.tigris.json"]
@@ -98,7 +99,7 @@ def test_the_policy_lets_a_runner_list_what_the_records_list(
         image_prefix=prefix,
     )
     keys = s3.create_user(f"{buckets.images}-runner", filled)
-    store = RecordStore(s3.client(keys), buckets.images, prefix)
+    store = BlockingRecords(storage_of(s3, keys), buckets.images, prefix)
     claimed = store.claim(PredictionRecord.of("a-cat", {}, created_at=datetime.now(UTC)))
     assert isinstance(claimed, Claimed)
     store.enter(claimed.record)
