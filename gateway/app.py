@@ -59,11 +59,12 @@ def build(parts: Parts) -> Any:
     app.add_exception_handler(HTTPException, _plain)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
+    # Its routes are tried in this order, and these are what most ask for.
+    app.include_router(cog_router(desk, callers, parts.guard))
     app.include_router(state_router(desk, callers, parts.cold_start, settings.model_path))
     documents = Documents(app, desk, callers)
     app.include_router(documents.router())
     app.include_router(_metrics_router(desk, callers, parts))
-    app.include_router(cog_router(desk, callers, parts.guard))
     app.include_router(page_router(image_origins(settings)))
     models = Models(settings.model_paths, parts.cold_start)
     app.include_router(replicate_router(desk, callers, parts.guard, models))

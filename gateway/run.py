@@ -347,7 +347,8 @@ class Run:
             status = await self._desk.cog.wait_for_change(status)
 
     def _hear(self, event: Event) -> None:
-        self._heard.set()
+        if event.name != "start":  # while the runner is being called, the cores are for it
+            self._heard.set()
         self.prediction.hear(event)
         match event.name:
             case "start":
