@@ -97,6 +97,10 @@ class Sweep:
         except (LostLeaseError, Refused) as error:
             # Of this one; the others are not to wait for it.
             _log.warning("prediction %s is left as it is: %s", record.name, error)
+        except ImagesError:
+            raise
+        except Exception:  # noqa: BLE001 - and neither for this one
+            _log.exception("unexpected error; prediction %s is left as it is", record.name)
         return not record.finished or (stored.webhook_due and not self._is_told(stored))
 
     def _tell(self, stored: Stored) -> None:

@@ -334,6 +334,7 @@ def listener(host: str) -> Iterator[Listener]:
 def test_a_full_queue_says_when_to_come_back(
     door: GatewayServer, callers: ThreadPoolExecutor
 ) -> None:
+    made = door.put("queue-made", {"prompt": "early"}, headers=key("ann")).json()
     held = [
         callers.submit(door.put, name, {"prompt": "long", "seconds": 60}, headers=key("ann"))
         for name in ("queue-runs", "queue-waits")
@@ -345,6 +346,7 @@ def test_a_full_queue_says_when_to_come_back(
         )
     )
     refused = predict(door, "words")
+    again = door.put("queue-made", {"prompt": "early"}, headers=key("ann"))
     assert door.get("/ready").is_success  # it is busy, not ill: no platform should replace it
     for name in ("queue-waits", "queue-runs"):
         assert door.post(f"/predictions/{name}/cancel", headers=key("ann")).is_success
@@ -352,6 +354,8 @@ def test_a_full_queue_says_when_to_come_back(
     assert refused.status_code == HTTPStatus.TOO_MANY_REQUESTS
     assert int(refused.headers["Retry-After"]) > 0
     assert "waiting already" in refused.json()["detail"]
+    # What is recorded needs no place.
+    assert (again.status_code, again.json()["completed_at"]) == (200, made["completed_at"])
 
 
 def test_every_answer_carries_the_security_headers(door: GatewayServer) -> None:
