@@ -24,7 +24,7 @@ from yarl import URL
 
 from s3.client import ATTEMPTS, CONNECT_TIMEOUT, READ_TIMEOUT
 from s3.endpoint import Place, ca_bundle, endpoint_of, proxy_authorization, proxy_for
-from s3.signing import CredentialsError, Signer, credentials_of, region_of
+from s3.signing import CredentialsError, Signer, check_profile, credentials_of, region_of
 from s3.words import (
     CERTIFICATE_REFUSED,
     UNREACHED,
@@ -89,7 +89,9 @@ class Listing:
 class AsyncClient:
     """An S3 server as `settings` describe it, for at most `connections` requests at once on one event loop.
 
-    Every method raises S3Error. Close it, or use it with `async with`.
+    Each attempt may be two requests: where a connection breaks before an answer, aiohttp asks once more by itself. So
+    a conditional write that was done may be answered as one that came too late. Every method raises S3Error. Close it,
+    or use it with `async with`.
     """
 
     def __init__(
@@ -108,13 +110,15 @@ class AsyncClient:
         self._signer = Signer(credentials_of(settings), region_of(settings))
         # The machine's own may have to be fetched, which must not hold up everybody else.
         self._may_block = settings.access_key_id is None
+        if self._may_block:
+            check_profile()
         self._attempts = attempts
         self._connections = connections
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT, sock_read=read_timeout
         )
         self._session: aiohttp.ClientSession | None = None
-        self._proxies: dict[str, tuple[str, aiohttp.BasicAuth | None] | None] = {}
+        self._proxies: dict[str, tuple[str | None, dict[str, str]]] = {}
         self._proxy(self._endpoint.host)
 
     async def __aenter__(self) -> Self:
@@ -195,7 +199,11 @@ class AsyncClient:
         sent = await self._signed(method, place, query, headers, body)
         host = f"[{place.connect_host}]" if ":" in place.connect_host else place.connect_host
         target = f"{self._endpoint.scheme}://{host}:{place.port}{place.path}"
-        proxy, authorization = self._proxy(place.connect_host) or (None, None)
+        proxy, for_proxy = self._proxy(place.connect_host)
+        if (
+            self._endpoint.scheme == "http"
+        ):  # there is no tunnel: the proxy reads the request itself
+            sent |= for_proxy
         try:
             async with self._opened().request(
                 method,
@@ -204,7 +212,7 @@ class AsyncClient:
                 headers=sent,
                 allow_redirects=False,
                 proxy=proxy,
-                proxy_auth=authorization,
+                proxy_headers=for_proxy,
             ) as answer:
                 data = await _read(answer, limit)
                 if answer.status < HTTPStatus.MULTIPLE_CHOICES:
@@ -242,18 +250,21 @@ class AsyncClient:
                 timeout=self._timeout,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept-Encoding": "identity"},
+                auto_decompress=False,  # an object is what its bytes are
                 skip_auto_headers=("User-Agent", "Content-Type"),
             )
         return self._session
 
-    def _proxy(self, host: str) -> tuple[str, aiohttp.BasicAuth | None] | None:
-        """The proxy on the way to a host, and what it wants to know."""
+    def _proxy(self, host: str) -> tuple[str | None, dict[str, str]]:
+        """The proxy on the way to a host, if there is one, and the headers for it."""
         if host not in self._proxies:
             scheme = self._endpoint.scheme
             found = proxy_for(scheme, host)
             header = proxy_authorization(scheme, host)
-            auth = None if header is None else aiohttp.BasicAuth.decode(header, "utf-8")
-            self._proxies[host] = None if found is None else (f"http://{found[0]}:{found[1]}", auth)
+            self._proxies[host] = (
+                None if found is None else f"http://{found[0]}:{found[1]}",
+                {} if header is None else {"Proxy-Authorization": header},
+            )
         return self._proxies[host]
 
     def _refusal(self, answer: aiohttp.ClientResponse, body: bytes, offset: float) -> Exception:
@@ -285,15 +296,16 @@ class AsyncClient:
 async def _read(answer: aiohttp.ClientResponse, limit: int) -> bytes:
     """The body, which an error's need not be whole."""
     is_refusal = answer.status >= HTTPStatus.MULTIPLE_CHOICES
+    most = LARGEST_ANSWER if is_refusal else limit
     size = answer.content_length
-    if is_refusal or size is None or size <= limit:
+    if is_refusal or size is None or size <= most:
         data = bytearray()
         async for piece in answer.content.iter_any():
             data += piece
-            if len(data) > limit:
+            if len(data) > most:
                 break
-        if is_refusal or len(data) <= limit:
-            return bytes(data[:limit])
+        if is_refusal or len(data) <= most:
+            return bytes(data[:most])
     raise S3Error(
         "EntityTooLarge",
         Explanation(
@@ -330,18 +342,21 @@ def _pause(attempt: int, asked: float | None) -> float:
 
 def _listing(document: bytes) -> Listing:
     # As botocore parses it, too. Expat limits what entities may grow to, and the server is the owner's own.
+    no_list = S3Error(
+        "",
+        Explanation(
+            "the answer is no list of objects",
+            "Check AWS_ENDPOINT_URL_S3, and the proxy or cache in front of the bucket",
+        ),
+    )
     try:
         root = ET.fromstring(document)  # noqa: S314
-    except ET.ParseError as error:
-        raise S3Error(
-            "",
-            Explanation(
-                "the answer is no list of objects",
-                "Check AWS_ENDPOINT_URL_S3, and the proxy or cache in front of the bucket",
-            ),
-        ) from error
+    except (ET.ParseError, LookupError, ValueError) as error:  # no XML, or in no encoding
+        raise no_list from error
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]  # AWS names its namespace, others none
+    if root.tag != "ListBucketResult":
+        raise no_list
     decode = unquote_plus if root.findtext("EncodingType") == "url" else str
     keys = tuple(decode(key.text or "") for key in root.iterfind("Contents/Key"))
     return Listing(keys, root.findtext("IsTruncated") == "true")

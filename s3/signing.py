@@ -21,6 +21,7 @@ from s3.words import Explanation, error_code, explain
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials as BotocoreCredentials
+    from botocore.session import Session as BotocoreSession
 
     from settings import StorageSettings
 
@@ -197,7 +198,7 @@ class _AmbientCredentials:
             with self._lock:
                 # Once: where the machine has no role, every look for one waits for seconds.
                 if not self._asked:
-                    self._source = _botocore_credentials()
+                    self._source = _botocore_session().get_credentials()
                     self._asked = True
             frozen = self._source.get_frozen_credentials() if self._source else None
             if frozen is None or not frozen.access_key or not frozen.secret_key:
@@ -218,18 +219,25 @@ class _AmbientCredentials:
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token or None)
 
 
-def _botocore_credentials() -> BotocoreCredentials | None:
+def check_profile() -> None:
+    """Raises SettingsError for an AWS profile that is not there."""
+    _botocore_session()
+
+
+def _botocore_session() -> BotocoreSession:
     from botocore import exceptions as botocore_errors
     from botocore.session import Session
 
     from settings import SettingsError
 
+    session = Session()
     try:
-        return Session().get_credentials()
+        session.get_scoped_config()
     except botocore_errors.ProfileNotFound as error:
         raise SettingsError(
             f"AWS_PROFILE is wrong: {error}. Unset it, or name a profile that is there"
         ) from None
+    return session
 
 
 def _canonical_headers(sent: Mapping[str, str]) -> tuple[str, str]:
