@@ -1,6 +1,6 @@
 """What the gateway costs: Cog's server asked through it beside Cog's server asked bare, in the same run.
 
-`.venv-bench/bin/python benchmarks/gateway.py` writes benchmarks/results/gateway.md and gateway.json. Two models: one
+`.venv-bench/bin/python benchmarks/gateway.py` writes benchmarks/results/gateway.md, .json and .svg. Two models: one
 whose card is a clock (benchmarks/door/card.py), and the demo's small SDXL on the CPU. The bucket is
 benchmarks/door/bucket.py on loopback.
 """
@@ -25,7 +25,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks.door import servers  # noqa: E402
 from benchmarks.door.callers import Caller, rush  # noqa: E402
 from benchmarks.door.measured import put_seconds  # noqa: E402
-from benchmarks.door.report import BARE, POST, PUT, report  # noqa: E402
+from benchmarks.door.report import BARE, POST, PUT, chart, report  # noqa: E402
 from benchmarks.wire.command import _count  # noqa: E402
 from benchmarks.wire.machine import machine, versions_of  # noqa: E402
 from benchmarks.wire.measure import SEED, progress  # noqa: E402
@@ -94,8 +94,8 @@ def main() -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--requests", type=_count, default=100, help="default: %(default)s")
-    parser.add_argument("--predictions", type=_count, default=256, help="default: %(default)s")
-    parser.add_argument("--rounds", type=_count, default=3, help="default: %(default)s")
+    parser.add_argument("--predictions", type=_count, default=128, help="default: %(default)s")
+    parser.add_argument("--rounds", type=_count, default=8, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     options = parser.parse_args()
     load = os.getloadavg()[0]
@@ -122,6 +122,7 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text)
     options.output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    options.output.with_suffix(".svg").write_text(chart(found))
     print(text)
 
 
