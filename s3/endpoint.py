@@ -1,4 +1,5 @@
-"""Where S3 requests go: the server, its Host header and the path of an object, and the proxy on the way there.
+"""Where S3 requests go: the server, its Host header and the path of an object, and the proxy on the way there;
+and whose certificates are believed.
 
 It opens no connection and signs nothing. With an endpoint in the settings it needs the standard library alone; AWS's
 own host names are left to boto3.
@@ -136,8 +137,8 @@ def proxy_authorization(scheme: Scheme, host: str) -> str | None:
 
 
 def ca_bundle() -> str:
-    """The file or folder of the authorities that are trusted, as boto3 chooses: AWS_CA_BUNDLE or REQUESTS_CA_BUNDLE
-    where set, else certifi's."""
+    """The file or folder of the authorities that are trusted, as boto3 finds it in the environment: AWS_CA_BUNDLE or
+    REQUESTS_CA_BUNDLE where set, else certifi's."""
     named = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
     if named:
         return named

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from s3.endpoint import boto3_target
 from s3.words import Explanation, error_code, explain
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from settings import StorageSettings
 
+CLOCK_STEP_S = 0.25  # a correction by less would change nothing
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 # What a proxy or a server's front may change on the way. Accept-Encoding is one: Google's front rewrites it, see
 # https://github.com/aws/aws-sdk-go-v2/issues/1816
@@ -48,6 +50,8 @@ _NOT_SIGNED = frozenset(
     }
 )
 
+_log = logging.getLogger(__name__)
+
 
 class CredentialsError(Exception):
     """There are no credentials, or they cannot be loaded. Holds no secret."""
@@ -66,21 +70,33 @@ class Credentials:
     session_token: str | None = field(default=None, repr=False)
 
 
-def credentials_of(settings: StorageSettings) -> Callable[[], Credentials]:
+class CredentialsSource(Protocol):
+    """Where credentials come from. May be called from many threads; raises CredentialsError."""
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether a call returns at once. Otherwise the machine is asked for them, which may take seconds."""
+        ...
+
+    def __call__(self) -> Credentials: ...
+
+
+def credentials_of(settings: StorageSettings) -> CredentialsSource:
     """Where to get the credentials for each signature: the settings' keypair, or else what botocore finds.
 
-    What is returned may be called from many threads. It raises CredentialsError where there are none or they
-    cannot be loaded, SettingsError for an AWS profile that is not there.
+    The machine's own raise CredentialsError where there are none or they cannot be loaded, SettingsError for an AWS
+    profile that is not there.
     """
     if settings.access_key_id is None or settings.secret_access_key is None:
         return _AmbientCredentials()
     token = settings.session_token
-    keypair = Credentials(
-        settings.access_key_id,
-        settings.secret_access_key.get_secret_value(),
-        None if token is None else token.get_secret_value(),
+    return Keypair(
+        Credentials(
+            settings.access_key_id,
+            settings.secret_access_key.get_secret_value(),
+            None if token is None else token.get_secret_value(),
+        )
     )
-    return lambda: keypair
 
 
 def region_of(settings: StorageSettings) -> str:
@@ -97,10 +113,12 @@ def region_of(settings: StorageSettings) -> str:
 class Signer:
     """Signs requests. Safe to use from many threads."""
 
-    def __init__(self, credentials: Callable[[], Credentials], region: str) -> None:
+    def __init__(
+        self, credentials: Callable[[], Credentials], region: str, clock_offset: float = 0.0
+    ) -> None:
         self.region = region
         self._credentials = credentials
-        self._clock_offset = 0.0
+        self._clock_offset = clock_offset
         self._key = _SigningKey("", "", b"")
 
     @property
@@ -123,6 +141,22 @@ class Signer:
         if server.tzinfo is None:  # "-0000", by RFC 5322: UTC
             server = server.replace(tzinfo=UTC)
         self._clock_offset = (server - datetime.now(UTC)).total_seconds()
+
+    def has_corrected(self, server_date_header: str | None, offset: float) -> bool:
+        """After a RequestTimeTooSkewed of what was signed with `offset`: whether to sign, and ask, once more.
+
+        Signs with the server's time from now on; False where that was done before, and did not help.
+        """
+        if abs(self._clock_offset - offset) > CLOCK_STEP_S:
+            return True  # another request has met the same, and seen to it
+        self.adjust_clock(server_date_header or "")
+        if abs(self._clock_offset - offset) <= CLOCK_STEP_S:
+            return False
+        _log.warning(
+            "this machine's clock is %.0f s off the server's: signing with the server's time. Set the clock (NTP)",
+            self._clock_offset,
+        )
+        return True
 
     # 25 µs, 27 µs with a session token; botocore's S3SigV4Auth takes 150 µs for the same, on the same core.
     def headers(
@@ -183,6 +217,18 @@ class _SigningKey:
     key: bytes = field(repr=False)
 
 
+class Keypair:
+    """A CredentialsSource of credentials that are known."""
+
+    is_at_hand = True
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    def __call__(self) -> Credentials:
+        return self._credentials
+
+
 class _AmbientCredentials:
     """botocore's chain: environment, profiles, container and instance roles; renewed before they expire."""
 
@@ -190,6 +236,11 @@ class _AmbientCredentials:
         self._lock = threading.Lock()
         self._asked = False
         self._source: BotocoreCredentials | None = None
+
+    @property
+    def is_at_hand(self) -> bool:
+        refresh_needed = getattr(self._source, "refresh_needed", None)
+        return self._source is not None and not (refresh_needed and refresh_needed())
 
     def __call__(self) -> Credentials:
         from botocore import exceptions as botocore_errors

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-_ELEMENT = {name: re.compile(f"<{name}>([^<]*)</{name}>") for name in ("Code", "Message")}
+_ELEMENT = {name: re.compile(f"<{name}>([^<]*)</{name}>") for name in ("Code", "Message", "Region")}
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,17 @@ def usual_code(code: str) -> str:
 
 def error_in(document: str) -> tuple[str, str]:
     """S3's code and message in the XML of a refusal; "" for what is not there."""
-    found = {name: pattern.search(document) for name, pattern in _ELEMENT.items()}
-    code, message = (match[1] if match else "" for match in found.values())
-    return code, message
+    return _element("Code", document), _element("Message", document)
+
+
+def region_in(document: str) -> str:
+    """The region where the bucket is, as a refusal in the wrong one says; "" where it does not."""
+    return _element("Region", document)
+
+
+def _element(name: str, document: str) -> str:
+    found = _ELEMENT[name].search(document)
+    return found[1] if found else ""
 
 
 def seconds_to_wait(retry_after: str | None, date: str | None) -> float | None:

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 UNREACHABLE = "Unreachable"  # our code for a request that got no answer at all
 ATTEMPTS = 5  # at a small object
 LONGEST_PAUSE = 20.0  # seconds; also what is made of a Retry-After beyond it
-CLOCK_STEP = 0.25  # seconds; a correction by less would change nothing
 ERROR_LIMIT = 64 * 1024  # bytes of an error document
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -328,7 +327,9 @@ class ObjectReader:
         document = connection.read_rest(ERROR_LIMIT).decode("utf-8", "replace")
         told, message = error_in(document)
         code = usual_code(told or str(head.status))
-        if code == "RequestTimeTooSkewed" and self._clock_adjusted(head, clock_offset):
+        if code == "RequestTimeTooSkewed" and self.signer.has_corrected(
+            head.get("Date"), clock_offset
+        ):
             return BusyError("the clock here was off, and is corrected", 0.0, throttled=False)
         throttled = head.status == 429 or code in ("SlowDown", "TooManyRequests", "Throttling")
         if throttled or head.status >= 500 or code == "RequestTimeout":
@@ -341,22 +342,6 @@ class ObjectReader:
             return self._replaced(key, "another", "the one it had")
         what = explain_answer(code, head.status, message)
         return BucketError(f"cannot read {self.url(key)}: {what}", code)
-
-    def _clock_adjusted(self, head: Head, clock_offset: float) -> bool:
-        """Sign with the server's time from now on; False when the request was signed with it and that did not help."""
-        date = head.get("Date")
-        if date is None:
-            return False
-        if abs(self.signer.clock_offset - clock_offset) > CLOCK_STEP:
-            return True  # another thread has met the same, and seen to it
-        self.signer.adjust_clock(date)
-        if abs(self.signer.clock_offset - clock_offset) <= CLOCK_STEP:
-            return False
-        logger.warning(
-            "this machine's clock is %.0f s off the server's: signing with the server's time. Set the clock (NTP)",
-            self.signer.clock_offset,
-        )
-        return True
 
     def _check(
         self, key: str, head: Head, start: int, end: int, size: int, etag: str | None

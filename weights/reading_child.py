@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from s3.endpoint import Endpoint
-from s3.signing import Credentials, Signer, credentials_of
+from s3.signing import Credentials, Keypair, Signer, credentials_of
 from weights import errors
 from weights.cache import NodeCache
 from weights.chunks import Chunk, SnapshotFile
@@ -177,14 +177,11 @@ def _reader_beside_a_folder(bucket: dict[str, Any] | None, folder: Path) -> Obje
 
 def _reader_of(values: dict[str, Any]) -> ObjectReader:
     keypair = values["credentials"]
-    if keypair is None:
-        source = credentials_of(_NoKeypair())  # type: ignore[arg-type] # what it asks of settings
-    else:
-        credentials = Credentials(**keypair)
-
-        def source() -> Credentials:
-            return credentials
-
+    source = (
+        credentials_of(_NoKeypair())  # type: ignore[arg-type] # what it asks of settings
+        if keypair is None
+        else Keypair(Credentials(**keypair))
+    )
     return ObjectReader(
         Endpoint(**values["endpoint"]),
         Signer(source, values["region"]),

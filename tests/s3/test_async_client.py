@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import uuid
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import uvloop
 from botocore import exceptions as botocore_errors
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
@@ -21,15 +21,15 @@ from demo.s3 import EmbeddedS3, Keypair
 from s3 import error_code, explain
 from s3.async_client import (
     LARGEST_HASHED_HERE,
+    USER_AGENT,
     Answer,
     AsyncClient,
     Listing,
     S3Error,
     _listing,
 )
-from settings import SettingsError, StorageSettings, load_storage_settings
-from tests.s3.test_signing import executable
-from tests.support.fault_proxy import Fault, FaultKind, FaultProxy
+from settings import StorageSettings
+from tests.support.fault_proxy import Fault, FaultKind, FaultProxy, ProxyRequest
 from tests.support.object_server import ObjectServer
 from tests.support.records import storage_of
 
@@ -212,6 +212,32 @@ def test_a_bucket_in_the_host_name_is_asked_for_there(
         assert get(storage, "bucket", "key").body == b"content"
 
 
+def test_a_request_says_whose_it_is_and_does_not_sign_that(s3: EmbeddedS3, bucket: str) -> None:
+    requests: list[ProxyRequest] = []
+
+    with FaultProxy(s3.endpoint_url, requests.append) as proxy:
+        storage = storage_of(s3).model_copy(update={"endpoint_url": proxy.endpoint_url})
+        put(storage, bucket, "key", b"content")
+
+    (told,) = ({name.lower(): value for name, value in asked.headers.items()} for asked in requests)
+    assert told["user-agent"] == USER_AGENT
+    assert "x-amz-date" in told["authorization"]
+    assert "user-agent" not in told["authorization"]
+
+
+def test_uvloop_runs_it_as_well(storage: StorageSettings, bucket: str) -> None:
+    async def write_read_and_list() -> tuple[bytes, Listing]:
+        async with AsyncClient(storage) as client:
+            await client.put(bucket, "key", b"content", {})
+            answer = await client.get(bucket, "key", limit=100)
+            return answer.body, await client.list_keys(bucket, "", after="", limit=10)
+
+    body, listing = uvloop.run(write_read_and_list())
+
+    assert body == b"content"
+    assert listing == Listing(("key",), is_truncated=False)
+
+
 # Lists
 
 
@@ -329,71 +355,3 @@ def test_a_refusal_is_understood_however_small_the_limit(storage: StorageSetting
         get(storage, "missing-bucket", "key", limit=1)
 
     assert caught.value.code == "NoSuchBucket"
-
-
-# The machine's own credentials
-
-
-@pytest.fixture
-def keyless(s3: EmbeddedS3) -> StorageSettings:
-    """Where the server is, and nobody's keys."""
-    variables = s3.environment()
-    return load_storage_settings(
-        {name: variables[name] for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION")}
-    )
-
-
-def test_the_machines_own_credentials_sign_as_well(
-    s3: EmbeddedS3, keyless: StorageSettings, bucket: str, tmp_path: Path
-) -> None:
-    (tmp_path / "credentials").write_text(
-        f"[default]\naws_access_key_id = {s3.admin.access_key_id}\n"
-        f"aws_secret_access_key = {s3.admin.secret_access_key}\n"
-    )
-
-    put(keyless, bucket, "a b+c", b"content")
-
-    assert get(keyless, bucket, "a b+c").body == b"content"
-
-
-def test_fetching_them_holds_up_nobody_else_on_the_loop(
-    s3: EmbeddedS3, keyless: StorageSettings, bucket: str, tmp_path: Path
-) -> None:
-    """A credential process that is given its answer by the loop, after it has been started."""
-    for pipe in ("started", "answer"):
-        os.mkfifo(tmp_path / pipe)
-    asking = f"cd '{tmp_path}'; echo > started; timeout 20 cat answer"
-    program = executable(tmp_path / "program", asking)
-    (tmp_path / "config").write_text(f"[default]\ncredential_process = {program}\n")
-    key, secret = s3.admin.access_key_id, s3.admin.secret_access_key
-    answer = json.dumps({"Version": 1, "AccessKeyId": key, "SecretAccessKey": secret})
-
-    async def write(client: AsyncClient) -> str:
-        writing = asyncio.create_task(client.put(bucket, "key", b"content", {}))
-        await asyncio.to_thread((tmp_path / "started").read_text)
-        assert not writing.done()
-        await asyncio.to_thread((tmp_path / "answer").write_text, answer)
-        return await writing
-
-    assert with_client(keyless, write)
-
-
-def test_without_any_credentials_that_is_what_is_said(keyless: StorageSettings) -> None:
-    with pytest.raises(S3Error, match="no credentials were found") as caught:
-        get(keyless, "bucket", "key")
-
-    assert caught.value.code == ""
-    assert str(caught.value) == str(explain(botocore_errors.NoCredentialsError()))
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [("AWS_PROFILE", "nowhere"), ("HTTP_PROXY", "socks5://me:hunter2@proxy:1080")],
-)
-def test_a_variable_that_is_wrong_is_named_when_the_client_is_made(
-    keyless: StorageSettings, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-) -> None:
-    monkeypatch.setenv(variable, value)
-
-    with pytest.raises(SettingsError, match=variable):
-        AsyncClient(keyless)

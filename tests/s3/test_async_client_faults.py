@@ -165,7 +165,7 @@ def test_a_server_that_stays_busy_is_asked_ever_more_slowly(pauses: list[float])
 
 @pytest.mark.parametrize(
     ("asked", "seconds"),
-    [("7", 7.0), ("0", 0.0), ("86400", LONGEST_PAUSE_S), ("Thu, 01 Jan 2026 00:00:05 GMT", 5.0)],
+    [("7", 7.0), ("0", 0.0), ("20", LONGEST_PAUSE_S), ("Thu, 01 Jan 2026 00:00:05 GMT", 5.0)],
 )
 def test_retry_after_is_what_is_waited_for_within_reason(
     pauses: list[float], asked: str, seconds: float
@@ -177,6 +177,31 @@ def test_retry_after_is_what_is_waited_for_within_reason(
 
     assert pauses == [pytest.approx(seconds, rel=0.25)]
     assert pauses[0] >= seconds
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"), [("86400", {}), ("21", {}), ("2.1", {"longest_pause": 2})]
+)
+def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(
+    pauses: list[float], asked: str, options: dict[str, float]
+) -> None:
+    busy = s3_error(503, "SlowDown", "", fields=(("Retry-After", asked),))
+
+    with Answering(in_turn(busy, found())) as server:
+        with pytest.raises(S3Error, match="fewer requests at once") as caught:
+            get(storage_at(server), "bucket", "key", **options)
+
+        assert caught.value.code == "SlowDown"
+        assert len(server.heads) == 1
+    assert pauses == []
+
+
+def test_no_pause_of_its_own_is_much_longer_than_the_longest(pauses: list[float]) -> None:
+    with Answering(in_turn(s3_error(503, "SlowDown", ""))) as server, pytest.raises(S3Error):
+        get(storage_at(server), "bucket", "key", attempts=10, longest_pause=2)
+
+    assert len(pauses) == 9
+    assert max(pauses) <= 1.5 * 2
 
 
 # Connections
