@@ -146,7 +146,7 @@ class PredictionRecord(_Document):
         """Raises RecordError for what is no JSON (NaN, half a character) or is too large."""
         try:
             content = self.model_dump(mode="json")
-            data = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1).encode()
+            data = json.dumps(content, allow_nan=False, ensure_ascii=False).encode()
         except ValueError as error:
             raise RecordError(
                 f"the record of prediction {self.name} is no JSON: {_problem(error)}"

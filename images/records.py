@@ -247,7 +247,12 @@ class RecordStore:
             async with reading:
                 return await self._at(place)
 
-        found = await asyncio.gather(*(read(place) for place in places))
+        reads = [asyncio.create_task(read(place)) for place in places]
+        try:
+            found = await asyncio.gather(*reads)
+        finally:
+            for task in reads:  # the others, where one has failed
+                task.cancel()
         return Page(
             tuple(filter(None, found)), places[-1] if listing.is_truncated and places else None
         )
@@ -307,6 +312,11 @@ class RecordStore:
                 found = await self._documents.read(key)
             if found is not None and found.data == data:  # written, and the answer was lost
                 return Claimed(wanted, found.etag)
+            if found is not None and wanted.finished:
+                # The same end, written by a call that was given up before its answer came.
+                stored = self._parse(key, found, claimed.record.id)
+                if _is_changed(stored.record, claimed, changes):
+                    return Claimed(stored.record, stored.etag)
             current = self._still_mine(key, found, claimed)
             wanted = current.record.changed(**changes)
         raise self._contended(key)
@@ -329,6 +339,12 @@ class RecordStore:
         return RecordError(
             f"cannot write {self._documents.url(key)}: others keep changing it. Try again"
         )
+
+
+def _is_changed(record: PredictionRecord, claimed: Claimed, changes: Mapping[str, Any]) -> bool:
+    """Whether it is what a claim was to be changed into."""
+    mine = record.claim == claimed.record.claim
+    return mine and record == record.changed(**changes)
 
 
 def _whole(text: str) -> str:

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from settings import StorageSettings, load_storage_settings
 
+TIMEOUT_S = 60.0
 STATUS = {
     "BadDigest": 400,
     "NoSuchKey": 404,
@@ -40,11 +41,16 @@ class PlainS3:
     """How many bodies arrive with their first byte changed."""
     lose: int = 0
     """How many answers never arrive, though the object was stored."""
+    keep: int = 0
+    """How many answers are kept back until the server ends, though the object was stored."""
+    kept: threading.Event = field(default_factory=threading.Event)
+    """Whether one is."""
     objects: dict[str, bytes] = field(default_factory=dict)
     asked: list[tuple[str, bool]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         plain = self
+        self._ending = threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -55,6 +61,12 @@ class PlainS3:
                 code = plain.put(key, body, self.headers)
                 if code is None and plain.lose:
                     plain.lose -= 1
+                    self.close_connection = True
+                    return
+                if code is None and plain.keep:
+                    plain.keep -= 1
+                    plain.kept.set()
+                    plain._ending.wait(TIMEOUT_S)
                     self.close_connection = True
                     return
                 answer = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
@@ -89,6 +101,7 @@ class PlainS3:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._ending.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

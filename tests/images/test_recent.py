@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 
-from demo.s3 import EmbeddedS3
+from demo.s3 import EmbeddedS3, Fault
 from images.errors import RecordError
-from images.records import Claimed
+from images.records import Claimed, RecordStore
+from s3.async_client import AsyncClient
+from settings import StorageSettings
 from tests.images.claims import NOON, claim, write
 from tests.support.records import BlockingRecords
 
@@ -85,6 +88,31 @@ def test_one_damaged_record_does_not_hide_the_others(
 
     assert [stored.record.id for stored in page.stored] == ["a-dog"]
     assert f"s3://{bucket}/predictions/a-cat.json" in caplog.text
+
+
+def test_one_read_that_fails_ends_the_others(
+    s3: EmbeddedS3, bucket: str, storage: StorageSettings, store: BlockingRecords
+) -> None:
+    """Of twenty, eight are read at once: the newest is refused while the server holds the seven after it."""
+    for number in range(20):
+        moment = NOON - timedelta(seconds=number)
+        store.enter(claim(store, f"p{number}", created_at=moment).record)
+    before = len(s3.requests(bucket))
+
+    async def ask() -> None:
+        async with AsyncClient(storage) as client:
+            with pytest.raises(RecordError, match=r"cannot read s3://.*/predictions/p0\.json: "):
+                await RecordStore(client, bucket).recent(20)
+            s3.clear_faults()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.gather(*left, return_exceptions=True)
+
+    with s3.fault(Fault("status", bucket=bucket, key="predictions/p0.json", status=403)):
+        s3.inject(Fault("hold", bucket=bucket, key="predictions/p*.json"))
+        asyncio.run(ask())
+
+    read = {record.key for record in s3.requests(bucket)[before:] if record.method == "GET"}
+    assert read - {""} <= {f"predictions/p{number}.json" for number in range(8)}
 
 
 @pytest.mark.parametrize("before", ["", "../x", "1-a", "0000000000000-", "0000000000000-a/b"])

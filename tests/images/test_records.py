@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +15,12 @@ import pytest
 
 from demo.s3 import EmbeddedS3, Fault
 from images.errors import ImagesError, LostLeaseError, RecordError
-from images.prediction import Webhook
-from images.records import Claimed, Existing
+from images.prediction import PredictionRecord, Webhook
+from images.records import Claimed, Existing, RecordStore
+from s3.async_client import AsyncClient
 from settings import StorageSettings
 from tests.images.claims import CAT, NOON, asked, claim, existing, got
-from tests.images.plain_s3 import PlainS3
+from tests.images.plain_s3 import TIMEOUT_S, PlainS3
 from tests.support.records import BlockingRecords, storage_of
 
 if TYPE_CHECKING:
@@ -36,16 +40,20 @@ def test_who_claims_first_has_it_and_everybody_else_sees_that(
     assert (claimed.record.owner, claimed.record.attempts) == (store.owner, 1)
 
 
-def test_one_of_many_that_claim_at_once_has_it(storage: StorageSettings, bucket: str) -> None:
-    stores = [BlockingRecords(storage, bucket) for _ in range(16)]
+def all_claim(stores: list[BlockingRecords], **more: Any) -> list[Claimed | Existing]:
+    """What each of them gets that claims at the same moment."""
     together = threading.Barrier(len(stores))
 
     def compete(store: BlockingRecords) -> Claimed | Existing:
         together.wait()
-        return store.claim(asked())
+        return store.claim(asked(**more))
 
     with ThreadPoolExecutor(len(stores)) as pool:
-        results = list(pool.map(compete, stores))
+        return list(pool.map(compete, stores))
+
+
+def test_one_of_many_that_claim_at_once_has_it(storage: StorageSettings, bucket: str) -> None:
+    results = all_claim([BlockingRecords(storage, bucket) for _ in range(16)])
 
     (winner,) = [result for result in results if isinstance(result, Claimed)]
     seen = [result.stored.record for result in results if isinstance(result, Existing)]
@@ -53,14 +61,7 @@ def test_one_of_many_that_claim_at_once_has_it(storage: StorageSettings, bucket:
 
 
 def test_one_replica_asked_twice_at_once_generates_once(store: BlockingRecords) -> None:
-    together = threading.Barrier(8)
-
-    def compete(_: int) -> Claimed | Existing:
-        together.wait()
-        return store.claim(asked())
-
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(compete, range(8)))
+    results = all_claim(8 * [store])
 
     assert [isinstance(result, Claimed) for result in results].count(True) == 1
 
@@ -71,16 +72,10 @@ def test_what_is_finished_is_returned_for_ever(
     claimed = claim(store, lease_seconds=0)
     later = NOON + timedelta(seconds=3)
 
-    store.finish(
-        claimed,
-        "succeeded",
-        output=["https://images/1.png"],
-        metrics={"seconds": 1.5},
-        completed_at=later,
-    )
+    store.finish(claimed, "succeeded", output=["x"], metrics={"seconds": 1.5}, completed_at=later)
 
     record = existing(other).stored.record
-    assert (record.status, record.output) == ("succeeded", ["https://images/1.png"])
+    assert (record.status, record.output) == ("succeeded", ["x"])
     assert (record.metrics, record.completed_at) == ({"seconds": 1.5}, later)
     assert got(other).record == record
     assert not got(other).abandoned
@@ -106,18 +101,11 @@ def test_one_of_many_takes_over_what_a_dead_replica_left(
 ) -> None:
     claim(store, lease_seconds=0)
     stores = [BlockingRecords(storage, bucket) for _ in range(16)]
-    together = threading.Barrier(len(stores))
 
-    def compete(replica: BlockingRecords) -> Claimed | Existing:
-        together.wait()
-        return replica.claim(asked(created_at=NOON + timedelta(hours=1)))
-
-    with ThreadPoolExecutor(len(stores)) as pool:
-        results = list(pool.map(compete, stores))
+    results = all_claim(stores, created_at=NOON + timedelta(hours=1))
 
     (winner,) = [result for result in results if isinstance(result, Claimed)]
-    assert winner.record.attempts == 2
-    assert winner.record.created_at == NOON
+    assert (winner.record.attempts, winner.record.created_at) == (2, NOON)
     assert got(store).record == winner.record
     assert not got(store).abandoned
 
@@ -158,16 +146,38 @@ def test_renewing_begins_the_lease_anew_and_notes_how_far_it_is(store: BlockingR
     assert not got(store).abandoned
 
 
-def test_renewing_in_one_thread_does_not_disturb_finishing_in_another(
-    store: BlockingRecords,
+@contextmanager
+def under_way(s3: EmbeddedS3, bucket: str, call: Callable[[], Any]) -> Iterator[Future[Any]]:
+    """What `call` comes to, whose first write the server keeps back for as long as the block lasts."""
+    hold = Fault("hold", bucket=bucket, method="PUT", times=1)
+    with ThreadPoolExecutor(1) as pool, s3.fault(hold):
+        called = pool.submit(call)
+        s3.wait_for_held_request()
+        yield called
+
+
+def test_an_end_outlasts_a_renewal_that_was_written_while_it_was_under_way(
+    s3: EmbeddedS3, bucket: str, store: BlockingRecords
 ) -> None:
     claimed = claim(store)
-    store.renew(claimed, status="processing", metrics={"step": 2})
 
-    store.finish(claimed, "succeeded", output=["x"])  # with what was known before the renewal
+    with under_way(s3, bucket, lambda: store.finish(claimed, "succeeded", output=["x"])) as end:
+        store.renew(claimed, status="processing", started_at=NOON)
 
-    record = got(store).record
-    assert (record.status, record.output) == ("succeeded", ["x"])
+    assert got(store).record == end.result()
+    assert (end.result().status, end.result().output) == ("succeeded", ["x"])
+
+
+def test_a_renewal_that_is_under_way_does_not_undo_the_end(
+    s3: EmbeddedS3, bucket: str, store: BlockingRecords
+) -> None:
+    claimed = claim(store)
+
+    with under_way(s3, bucket, lambda: store.renew(claimed, status="processing")) as renewal:
+        finished = store.finish(claimed, "succeeded", output=["x"])
+
+    assert isinstance(renewal.exception(), LostLeaseError)
+    assert got(store).record == finished
 
 
 def test_the_lease_goes_by_the_buckets_clock(
@@ -273,21 +283,13 @@ def test_a_bucket_that_is_gone_is_a_clear_error(storage: StorageSettings) -> Non
 
 
 def test_a_keypair_without_rights_is_told_which_and_where(s3: EmbeddedS3, bucket: str) -> None:
-    nothing = {
-        "Version": "2012-10-17",
-        "Statement": [
-            {"Effect": "Allow", "Action": "s3:GetObject", "Resource": "arn:aws:s3:::x/*"}
-        ],
-    }
-    keys = s3.create_user(f"{bucket}-user", nothing)
+    nothing = {"Effect": "Allow", "Action": "s3:GetObject", "Resource": "arn:aws:s3:::x/*"}
+    keys = s3.create_user(f"{bucket}-user", {"Version": "2012-10-17", "Statement": [nothing]})
     store = BlockingRecords(storage_of(s3, keys), bucket)
 
     for call, object_and_advice in (
         (lambda: store.claim(asked()), rf"write s3://{bucket}/predictions/\S+: .*policy attached"),
-        (
-            lambda: store.get("a-cat"),
-            rf"read s3://{bucket}/predictions/a-cat\.json: .*policy attac",
-        ),
+        (lambda: store.get("a-cat"), rf"read s3://{bucket}/predictions/a-cat\.json: .*policy at"),
         (lambda: store.recent(5), rf"list s3://{bucket}/predictions/by-time/\*: .*ListPredictions"),
     ):
         with pytest.raises(ImagesError, match=object_and_advice) as caught:
@@ -356,6 +358,82 @@ def test_a_claim_whose_answer_was_lost_is_still_a_claim(plain: PlainS3) -> None:
     assert got(store).record == finished
 
 
+def test_a_takeover_whose_answer_was_lost_is_still_a_takeover(plain: PlainS3) -> None:
+    store, other = (BlockingRecords(plain.storage, "pictures") for _ in range(2))
+    claim(store, lease_seconds=0)
+    claim(other, "the first tries the server")
+
+    plain.lose = 1
+    taken = claim(other)
+
+    assert (taken.record.owner, taken.record.attempts) == (other.owner, 2)
+    assert got(store).record == taken.record
+
+
+def test_word_to_cancel_whose_answer_was_lost_is_left(plain: PlainS3) -> None:
+    store = BlockingRecords(plain.storage, "pictures")
+    claimed = claim(store)
+
+    plain.lose = 1
+    assert store.ask_to_cancel("a-cat")
+
+    assert got(store).record == claimed.record.changed(cancel_requested=True)
+
+
+def test_a_note_of_a_webhook_whose_answer_was_lost_is_made_once(plain: PlainS3) -> None:
+    store = BlockingRecords(plain.storage, "pictures")
+    finished = store.finish(claim(store, webhook=Webhook(url="https://me/1")), "succeeded")
+
+    plain.lose = 1
+    store.webhook_sent("a-cat", NOON)
+
+    assert got(store).record == finished.changed(webhook=Webhook(url="https://me/1", sent_at=NOON))
+
+
+END: dict[str, Any] = {"output": ["x"], "metrics": {"seconds": 1.5}, "completed_at": NOON}
+
+
+def finish_again(plain: PlainS3, *, unwanted: bool = False, **end: Any) -> PredictionRecord:
+    """What comes of finishing with `end` where END was stored, and its caller gone before the answer came."""
+
+    async def run() -> PredictionRecord:
+        async with AsyncClient(plain.storage) as client:
+            store, other = (RecordStore(client, "pictures") for _ in range(2))
+            claimed = await store.claim(asked())
+            assert isinstance(claimed, Claimed)
+            if unwanted:  # by another
+                await other.ask_to_cancel("a-cat")
+            plain.keep = 1
+            finishing = asyncio.create_task(store.finish(claimed, "succeeded", **END))
+            await asyncio.to_thread(plain.kept.wait, TIMEOUT_S)
+            finishing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await finishing
+            return await store.finish(claimed, "succeeded", **end)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("unwanted", [False, True])
+def test_an_end_that_was_given_up_once_stored_may_be_recorded_again(
+    plain: PlainS3, unwanted: bool
+) -> None:
+    record = finish_again(plain, unwanted=unwanted, **END)
+
+    assert (record.output, record.completed_at, record.cancel_requested) == (["x"], NOON, unwanted)
+    assert record == got(BlockingRecords(plain.storage, "pictures")).record
+
+
+@pytest.mark.parametrize("changed", [{"output": ["y"]}, {"completed_at": NOON + timedelta(1)}])
+def test_an_end_that_was_given_up_once_stored_is_not_recorded_otherwise(
+    plain: PlainS3, changed: dict[str, Any]
+) -> None:
+    with pytest.raises(LostLeaseError, match=r"is finished already \(succeeded\)"):
+        finish_again(plain, **{**END, **changed})
+
+    assert got(BlockingRecords(plain.storage, "pictures")).record.output == ["x"]
+
+
 @pytest.mark.parametrize("ignored", [(), ("If-None-Match", "If-Match"), ("If-Match",)])
 def test_without_conditional_writes_looking_before_and_after_does_and_is_said_once(
     plain: PlainS3, caplog: pytest.LogCaptureFixture, ignored: tuple[str, ...]
@@ -389,8 +467,7 @@ def test_without_conditional_writes_who_was_overwritten_at_once_does_not_have_it
         return code
 
     plain.put = put  # type: ignore[method-assign]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda replica: replica.claim(asked()), (store, other)))
+    results = all_claim([store, other])
 
     assert [isinstance(result, Claimed) for result in results].count(True) == 1
 

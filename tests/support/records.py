@@ -16,6 +16,8 @@ from s3.async_client import AsyncClient
 from settings import StorageSettings, load_storage_settings
 
 TIMEOUT_S = 60.0
+_LOOP = asyncio.new_event_loop()
+threading.Thread(target=_LOOP.run_forever, name="records", daemon=True).start()
 
 Got = TypeVar("Got")
 
@@ -45,13 +47,6 @@ class BlockingRecords:
 
 
 @functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="records", daemon=True).start()
-    return loop
-
-
-@functools.cache
 def _client(storage: StorageSettings) -> AsyncClient:
     client = AsyncClient(storage)
     atexit.register(lambda: _wait_for(client.close()))
@@ -59,5 +54,5 @@ def _client(storage: StorageSettings) -> AsyncClient:
 
 
 def _wait_for(work: Coroutine[Any, Any, Got]) -> Got:
-    asked: Future[Got] = asyncio.run_coroutine_threadsafe(work, _loop())
+    asked: Future[Got] = asyncio.run_coroutine_threadsafe(work, _LOOP)
     return asked.result(TIMEOUT_S)
