@@ -44,6 +44,7 @@ BACKLOG = 2048
 BUCKET_ATTEMPTS = 3
 BUCKET_CONNECTIONS = 32
 BUCKET_READ_S = 5.0
+BUCKET_PAUSE_S = 2.0
 EXIT_GAVE_UP = 1
 EXIT_SETTINGS = 2
 
@@ -170,12 +171,15 @@ async def _parts(
                 connections=BUCKET_CONNECTIONS,
                 attempts=BUCKET_ATTEMPTS,
                 read_timeout=BUCKET_READ_S,
+                longest_pause=BUCKET_PAUSE_S,
             )
         )
+        ledger = _ledger(settings, records)
+        stack.callback(ledger.close)
         desk = Desk(
             cog,
             CogClient(cog, ours),
-            _ledger(settings, records),
+            ledger,
             _webhooks(settings, theirs),
             slots=settings.slots,
             queue_size=settings.queue_size,
@@ -205,6 +209,7 @@ def _ledger(settings: GatewaySettings, records: AsyncClient) -> Ledger:
             settings.image_url_lifetime,
             settings.public_base_url,
         ),
+        keys_may_block=settings.access_key_id is None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -106,15 +107,15 @@ class Observed:
         method = scope["method"]
         scope = {**scope, "method": "GET" if method == "HEAD" else method}
         started = time.perf_counter()
-        status = HTTPStatus.INTERNAL_SERVER_ERROR.value
+        status, is_answered = HTTPStatus.INTERNAL_SERVER_ERROR.value, False
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
 
         async def send_with_headers(message: Any) -> None:
-            nonlocal status
+            nonlocal status, is_answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, is_answered = message["status"], True
                 present = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [
                     *message["headers"],
@@ -125,6 +126,10 @@ class Observed:
         with self._desk.tracing.request(method, headers) as span:
             try:
                 await self._app(scope, receive, send_with_headers)
+            except asyncio.CancelledError:  # uvicorn's, when the time for last answers is over
+                if is_answered:
+                    raise
+                await _stopped()(scope, receive, send_with_headers)
             finally:
                 route = getattr(scope.get("route"), "path", "").replace(":path}", "}")
                 span.answered(route, status)
@@ -165,6 +170,14 @@ def image_origins(settings: GatewaySettings) -> list[str]:
 def _origin(url: str) -> str:
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _stopped() -> JSONResponse:
+    return JSONResponse(
+        {"detail": "this server stopped before it could answer: ask again, another may"},
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        headers={"Retry-After": "1"},
+    )
 
 
 async def _refused(_: Request, refused: Refused) -> JSONResponse:

@@ -186,10 +186,9 @@ async def _tidy(name: str, answer: aiohttp.ClientResponse | None) -> None:
         except (aiohttp.ClientError, OSError):
             pass
         answer.release()
-    loop = asyncio.get_running_loop()
-    loop.call_later(CLEAR_AWAY_AFTER_S, _clear_away, name)
-    if answer is None:  # Cog may not have made them yet
-        loop.call_later(CLEAR_AWAY_LATER_S, _clear_away, name)
+    # Later where it did not end: Cog may not have made them yet.
+    after = CLEAR_AWAY_LATER_S if answer is None else CLEAR_AWAY_AFTER_S
+    asyncio.get_running_loop().call_later(after, _clear_away, name)
 
 
 def _clear_away(name: str) -> None:

@@ -37,6 +37,7 @@ LONGEST_ID = 512  # characters
 COME_BACK_S = 5.0
 LAST_WEBHOOKS_S = 5.0
 MOST_TOLD = 10_000
+MOST_LOOKS = 16
 
 Got = TypeVar("Got")
 
@@ -93,6 +94,7 @@ class Desk:
         self._background: set[asyncio.Task[None]] = set()
         self._inputs: tuple[int, Inputs] | None = None
         self._told: dict[tuple[str, str | None], None] = {}
+        self._looks = 0
 
     # What is measured of it.
 
@@ -159,20 +161,22 @@ class Desk:
         if (running := self._live.get(prediction_id)) is not None:
             return running.prediction.answer()
         stored = await self._read(self.ledger.get(prediction_id))
-        return None if stored is None else self.answer_of(stored)
+        return None if stored is None else await self.answer_of(stored)
 
     async def recent(
         self, limit: int, before: str | None
     ) -> tuple[list[dict[str, Any]], str | None]:
         """Answers, newest first, and the place to go on from: `before` is one (records.PLACE). Raises Refused."""
         page = await self._read(self.ledger.recent(limit, before))
-        live = {name: run.prediction.answer() for name, run in self._live.items()}
-
-        def answers() -> list[dict[str, Any]]:
-            return [live.get(one.record.id) or self.answer_of(one) for one in page.stored]
-
-        # A hundred records of four images are 60 ms of signing.
-        return await asyncio.to_thread(answers), page.before
+        signed = await self._read(
+            self.ledger.all_with_fresh_urls([stored.record for stored in page.stored])
+        )
+        return [
+            running.prediction.answer()
+            if (running := self._live.get(record.id)) is not None
+            else Prediction(record).answer()
+            for record in signed
+        ], page.before
 
     async def cancel(self, prediction_id: str) -> bool:
         """Whether there was something to cancel. Another replica's is left word, and cancelled within seconds."""
@@ -311,10 +315,20 @@ class Desk:
 
     async def _earlier(self, wanted: Wanted, record: PredictionRecord) -> Prediction:
         """A result that is there needs no card, and no place in line. Raises Refused where there is none."""
-        if wanted.id is not None and not self.draining:
-            stored = await self._read(self.ledger.get(wanted.id))
+        # A bucket is not asked by more than some at once for those who are turned away.
+        if wanted.id is not None and not self.draining and self._looks < MOST_LOOKS:
+            self._looks += 1
+            try:
+                stored = await self._read(self.ledger.get(wanted.id))
+            except Refused:
+                if not self.open:
+                    raise
+                stored = None  # that the line is full is the nearer reason
+            finally:
+                self._looks -= 1
             if stored is not None and stored.record.finished and not stored.record.may_run_again:
-                return self.earlier(Existing(stored, _same_input(stored, record)), wanted.source)
+                existing = Existing(stored, _same_input(stored, record))
+                return await self.earlier(existing, wanted.source)
         if self.draining:
             raise self._refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -336,26 +350,19 @@ class Desk:
             self.line.advice_s,
         )
 
-    def earlier(self, existing: Existing, source: str = "cog") -> Prediction:
+    async def earlier(self, existing: Existing, source: str = "cog") -> Prediction:
         """The prediction of a finished record, with URLs that work. Raises Refused for another input."""
         if not existing.same_input:
             raise another_input()
         self.metrics.replayed()
-        try:
-            prediction = Prediction(
-                self.ledger.with_fresh_urls(existing.stored.record), source=source
-            )
-        except ImagesError as error:
-            raise self.bucket_refused(error) from error
+        record = await self._read(self.ledger.with_fresh_urls(existing.stored.record))
+        prediction = Prediction(record, source=source)
         prediction.end()
         return prediction
 
-    def answer_of(self, stored: Stored) -> dict[str, Any]:
+    async def answer_of(self, stored: Stored) -> dict[str, Any]:
         """What is answered of a record, with URLs that work. Raises Refused."""
-        try:
-            return Prediction(self.ledger.with_fresh_urls(stored.record)).answer()
-        except ImagesError as error:
-            raise self.bucket_refused(error) from error
+        return Prediction(await self._read(self.ledger.with_fresh_urls(stored.record))).answer()
 
     async def _read(self, reading: Awaitable[Got]) -> Got:
         try:

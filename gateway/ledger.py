@@ -6,8 +6,9 @@ What it raises is the room's own: RecordError and LostLeaseError.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, TypeVarTuple
 
 from images.errors import RecordError
 from images.prediction import PredictionRecord
@@ -16,18 +17,29 @@ from images.store import ImageStore, ReadImage
 
 # A replica that is gone without a word is noticed this much later; one that lives says so three times meanwhile.
 LEASE_S = 30.0
+THREADS = 16  # for images, which are read whole
 # The client's own limits are for each of its attempts.
 ANSWER_WITHIN_S = 10.0
 
 Got = TypeVar("Got")
+Given = TypeVarTuple("Given")
 
 
 class Ledger:
     """Records and images of one bucket, for one event loop."""
 
-    def __init__(self, records: RecordStore, images: ImageStore) -> None:
+    def __init__(
+        self, records: RecordStore, images: ImageStore, *, keys_may_block: bool = False
+    ) -> None:
+        """`keys_may_block`: the machine is asked for the keys that sign URLs, now and again, and may take its time."""
         self._records = records
         self._images = images
+        self._keys_may_block = keys_may_block
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="images")
+
+    def close(self) -> None:
+        """Without waiting for what a bucket does not answer."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def claim(self, record: PredictionRecord) -> Claimed | Existing:
         return await _in_time(self._records.claim(record, LEASE_S))
@@ -53,13 +65,28 @@ class Ledger:
     async def webhook_sent(self, prediction_id: str) -> None:
         await _in_time(self._records.webhook_sent(prediction_id))
 
-    def with_fresh_urls(self, record: PredictionRecord) -> PredictionRecord:
-        """The record with its URLs signed again: those in it end with their time. Signing asks nobody."""
+    async def with_fresh_urls(self, record: PredictionRecord) -> PredictionRecord:
+        """The record with its URLs signed again: those in it end with their time. Raises ImagesError."""
+        if not self._keys_may_block:
+            return self._signed(record)
+        return await self._on_thread(self._signed, record)
+
+    async def all_with_fresh_urls(
+        self, records: Sequence[PredictionRecord]
+    ) -> list[PredictionRecord]:
+        """The same of many, for which signing takes long: 60 ms for a hundred records of four images."""
+        return await self._on_thread(lambda: [self._signed(record) for record in records])
+
+    def _signed(self, record: PredictionRecord) -> PredictionRecord:
         return record.model_copy(update={"output": self._images.signed_anew(record.output)})
 
     async def image(self, url: str) -> ReadImage:
         """What a URL in a prediction's output leads to. Raises ImagesError."""
-        return await _in_time(asyncio.to_thread(self._images.read, url))
+        return await self._on_thread(self._images.read, url)
+
+    async def _on_thread(self, work: Callable[[*Given], Got], *given: *Given) -> Got:
+        loop = asyncio.get_running_loop()
+        return await _in_time(loop.run_in_executor(self._threads, work, *given))
 
 
 async def _in_time(asked: Awaitable[Got]) -> Got:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # A worker that dies three times over one prediction dies of it, as likely as not.
 MOST_LOST = 3
 RENEW_S = LEASE_S / 3
+ENTER_WITHIN_S = 1.0  # whatever the model tells of itself
 LOOK_ELSEWHERE_S = 1.0
 LOGS_EVERY_S = 0.5  # as Cog does
 FIRST_BUSY_PAUSE_S = 0.02
@@ -187,7 +188,7 @@ class Run:
         while True:
             stored = found.stored
             if stored.record.finished and not stored.record.may_run_again:
-                prediction.take(desk.ledger.with_fresh_urls(stored.record))
+                prediction.take(await desk.ledger.with_fresh_urls(stored.record))
                 desk.metrics.replayed()
                 return None
             self.is_elsewhere = True
@@ -231,7 +232,9 @@ class Run:
     async def _enter_meanwhile(self) -> None:
         """While it waits in line or is being made: before that, its caller would wait for this too."""
         if self._place is not None and self._place.turn.is_set():
-            await self._heard.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ENTER_WITHIN_S):
+                    await self._heard.wait()
         if not self._is_entered:
             await self._enter()
 
@@ -451,7 +454,7 @@ class Run:
         if stored is None:
             self.prediction.finish("failed", error="its record was deleted while it was made")
         elif stored.record.finished:
-            self.prediction.take(self._desk.ledger.with_fresh_urls(stored.record))
+            self.prediction.take(await self._desk.ledger.with_fresh_urls(stored.record))
         else:
             self.prediction.refusal = Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,

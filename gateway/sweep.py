@@ -93,7 +93,7 @@ class Sweep:
                 elif stored.age > record.lease_seconds + NOBODY_CAME_S:
                     await self._end(stored, "canceled", "its server ended before it was finished")
             elif stored.webhook_due and stored.age > self._webhook_left_s:
-                self._tell(stored)
+                await self._tell(stored)
         except (LostLeaseError, Refused) as error:
             # Of this one; the others are not to wait for it.
             _log.warning("prediction %s is left as it is: %s", record.name, error)
@@ -103,12 +103,11 @@ class Sweep:
             _log.exception("unexpected error; prediction %s is left as it is", record.name)
         return not record.finished or (stored.webhook_due and not self._is_told(stored))
 
-    def _tell(self, stored: Stored) -> None:
+    async def _tell(self, stored: Stored) -> None:
         webhook = stored.record.webhook
         if webhook is not None and not self._is_told(stored):
-            self._desk.in_background(
-                self._desk.send_webhook(webhook, "completed", self._desk.answer_of(stored))
-            )
+            answer = await self._desk.answer_of(stored)
+            self._desk.in_background(self._desk.send_webhook(webhook, "completed", answer))
 
     def _is_told(self, stored: Stored) -> bool:
         return self._desk.has_told(stored.record.id, stored.record.completed_at)
@@ -139,4 +138,4 @@ class Sweep:
         _log.warning("prediction %s ended: %s", record.name, error)
         again = await self._desk.ledger.get(record.id)
         if again is not None and again.webhook_due:
-            self._tell(again)
+            await self._tell(again)

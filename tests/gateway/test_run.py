@@ -12,9 +12,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import pytest
 
 from demo.s3 import EmbeddedS3
 from demo.s3_faults import Fault
+from gateway import run as gateway_run
 from gateway.addresses import Guard, GuardedTransport, parse_allowed
 from gateway.cog_client import CogClient, new_session
 from gateway.cog_status import State, Status
@@ -26,12 +28,13 @@ from images.prediction import PredictionRecord
 from images.records import Claimed, RecordStore
 from images.store import ImageStore
 from s3.async_client import AsyncClient
-from tests.gateway.watching import TIMEOUT_S, run
+from tests.gateway.watching import NEVER_S, TIMEOUT_S, run
 from tests.support.records import BlockingRecords, storage_of
 
-GIVEN = {"prompt": "x"}
+GIVEN: dict[str, Any] = {"prompt": "x"}
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 START = Event("start", {"status": "processing"}).encode()
+LOG = Event("log", {"data": "loading"}).encode()
 DONE = Event("completed", {"status": "succeeded", "output": ["a"], "metrics": {}}).encode()
 
 Serve = Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -53,8 +56,15 @@ class Cog:
 
 
 @asynccontextmanager
-async def desk_before(s3: EmbeddedS3, bucket: str, serve: Serve) -> AsyncIterator[Desk]:
-    """`serve` answers what is asked for predictions."""
+async def desk_before(
+    s3: EmbeddedS3,
+    bucket: str,
+    serve: Serve,
+    *,
+    images: ImageStore | None = None,
+    keys_may_block: bool = False,
+) -> AsyncIterator[Desk]:
+    """`serve` answers what is asked for predictions; `images` are the bucket's unless given."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -74,7 +84,11 @@ async def desk_before(s3: EmbeddedS3, bucket: str, serve: Serve) -> AsyncIterato
         ) as theirs,
     ):
         cog = Cog(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
-        ledger = Ledger(RecordStore(client, bucket), ImageStore(s3.client(), bucket))
+        ledger = Ledger(
+            RecordStore(client, bucket),
+            images or ImageStore(s3.client(), bucket),
+            keys_may_block=keys_may_block,
+        )
         desk = Desk(
             cog,
             CogClient(cog, session),
@@ -88,6 +102,7 @@ async def desk_before(s3: EmbeddedS3, bucket: str, serve: Serve) -> AsyncIterato
             yield desk
         finally:
             await desk.close(0.0)
+            ledger.close()
 
 
 async def until(holds: Callable[[], Any]) -> None:
@@ -204,5 +219,42 @@ def test_who_wants_it_in_the_background_gets_that_though_another_asked_first(
             assert stored is not None
             assert stored.abandoned
             assert stored.record.background
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("within_s", "told"),
+    [(0.05, START), (NEVER_S, START + LOG)],
+    ids=["that tells nothing for long", "that tells of itself"],
+)
+def test_a_prediction_is_in_the_list_while_it_is_made(
+    s3: EmbeddedS3,
+    bucket: str,
+    records: BlockingRecords,
+    monkeypatch: pytest.MonkeyPatch,
+    within_s: float,
+    told: bytes,
+) -> None:
+    monkeypatch.setattr(gateway_run, "ENTER_WITHIN_S", within_s)
+
+    async def test() -> None:
+        is_listed = asyncio.Event()
+
+        async def held(writer: asyncio.StreamWriter) -> None:
+            writer.write(HEAD + told)
+            await is_listed.wait()
+            writer.write(DONE)
+
+        async with desk_before(s3, bucket, held) as desk:
+            prediction = await desk.submit(Wanted(GIVEN, id="listed"))
+            with desk.watching(prediction):
+                await until(lambda: records.recent(10).stored)
+                assert not prediction.finished
+                is_listed.set()
+                await prediction.ended()
+            assert prediction.status == "succeeded"
+            (stored,) = (await desk.ledger.recent(10, None)).stored
+            assert stored.record.id == "listed"
 
     run(test)
