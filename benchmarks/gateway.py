@@ -43,7 +43,7 @@ PARTS = ("card", "small")
 def running(
     part: str, bucket: int, folder: Path
 ) -> Iterator[tuple[servers.Server, servers.Server]]:
-    """Cog's server bare, and the gateway before one of its own, both ready."""
+    """Cog's server bare, and the gateway before it, both ready."""
     with ExitStack() as exits:
         if part == "card":
             cwd = servers.card_folder(folder / "runner")
@@ -52,11 +52,9 @@ def running(
             cwd = ROOT
             more = servers.small_model(folder)
         variables = servers.environment(bucket, more)
-        bare = servers.start("Cog's server", cwd, variables, folder, exits)
-        gateway = servers.start("the gateway", cwd, variables, folder, exits)
-        for server in (bare, gateway):
-            servers.wait_until_ready(server)
-        yield bare, gateway
+        gateway = servers.start(cwd, variables, folder, exits)
+        servers.wait_until_ready(gateway)
+        yield servers.behind(gateway), gateway
 
 
 def measure(part: str, bucket: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

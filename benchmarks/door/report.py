@@ -20,9 +20,9 @@ HEAD = """# What the gateway costs
 Written by `.venv-bench/bin/python benchmarks/gateway.py {arguments}` on {date}.
 {machine}; {versions}.
 
-Cog's server bare, and the gateway before a Cog server of its own, run side by side and are asked in turns, in a new
-order each time. Clients, servers, workers and the bucket share the cores; what else ran on the machine when this began
-had a load of {load:.1f}. The bucket is `benchmarks/door/bucket.py` on loopback, which keeps objects in memory: a
+The gateway, and past it the Cog server that it has started, are asked in turns, in a new order each time: it is the
+same worker either way. Clients, servers, worker and bucket share the cores; what else ran on the machine when this
+began had a load of {load:.1f}. The bucket is `benchmarks/door/bucket.py` on loopback, which keeps objects in memory: a
 record's claim takes {put:.1f} ms there, most of it the gateway's own time. A prediction is recorded before it is
 answered, and one whose id the caller chose is claimed before it is made, so a PUT through the gateway waits for two of
 them and a POST for one; a bucket elsewhere takes as much longer as its PUTs do.

@@ -1,4 +1,4 @@
-"""Those that are measured: Cog's server bare, and the gateway before one of its own; with the bucket they write to."""
+"""Those that are measured: the gateway, and the Cog server behind it; with the bucket they write to."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks.wire.memory import ROOT
 from demo import stages
@@ -83,20 +85,33 @@ def environment(bucket_port: int, more: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def start(
-    name: str, cwd: Path, variables: Mapping[str, str], logs: Path, exits: ExitStack
-) -> Server:
-    """Cog's server where it is called so, else the gateway; it ends with `exits`."""
+def start(cwd: Path, variables: Mapping[str, str], logs: Path, exits: ExitStack) -> Server:
+    """The gateway; it ends with `exits`."""
     port = free_port()
-    command = ["cog.server.http", "--host", "127.0.0.1"] if name.startswith("Cog") else ["gateway"]
     process = Child(
-        [sys.executable, "-m", *command],
+        [sys.executable, "-m", "gateway"],
         environment={**variables, "HOST": "127.0.0.1", "PORT": str(port)},
         cwd=cwd,
         log=logs / f"{port}.log",
     )
     exits.callback(process.stop)
-    return Server(name, port, process)
+    return Server("the gateway", port, process)
+
+
+def behind(gateway: Server) -> Server:
+    """Cog's server that the gateway has started, to be asked past it.
+
+    A second one beside it would have a process of its own, and of two alike one makes pictures 10 % faster than the
+    other for as long as it lives.
+    """
+    children = psutil.Process(gateway.process.pid).children()
+    (cog,) = (child for child in children if "cog.server.http" in child.cmdline())
+    (port,) = {
+        connection.laddr.port
+        for connection in cog.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    return Server("Cog's server", port, gateway.process)
 
 
 def wait_until_ready(server: Server) -> None:
