@@ -91,9 +91,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
-    parser.add_argument("--requests", type=_count, default=100, help="default: %(default)s")
+    parser.add_argument("--requests", type=_count, default=200, help="default: %(default)s")
     parser.add_argument("--predictions", type=_count, default=128, help="default: %(default)s")
-    parser.add_argument("--rounds", type=_count, default=8, help="default: %(default)s")
+    parser.add_argument("--rounds", type=_count, default=6, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     options = parser.parse_args()
     load = os.getloadavg()[0]

@@ -45,6 +45,10 @@ a whole core, so what the gateway spends of the other counts for much.
 """,
 }
 
+_ALONE = """One caller, {requests} requests each way, each compared with the bare one of its turn. The limit is
+{most:.0f} ms more at the median.
+"""
+
 _MANY = """{callers} callers, {slots} slots, {rounds} rounds. Who is refused (409 by Cog, whose slots are all taken)
 asks again after 0.1 s, then less often, up to 1 s. A virtual machine's speed drifts by more than what is looked for, so
 the two are compared within each round, and the median of those ratios counts. The limit is {loss:.0%} less.
@@ -95,15 +99,17 @@ def _panel(title: str, values: dict[str, float], form: str) -> Panel:
 
 
 def _alone(alone: dict[str, list[float]]) -> list[str]:
-    bare = median(alone[BARE])
-    rows = [
-        f"| {way} | {median(seconds) * 1000:.1f} | {_quantile(seconds, 0.9) * 1000:.1f} "
-        f"| {(median(seconds) - bare) * 1000:+.1f} |"
-        for way, seconds in alone.items()
-    ]
+    rows = []
+    for way, seconds in alone.items():
+        more = [one - beside for one, beside in zip(seconds, alone[BARE], strict=True)]
+        least, middle, most = (_quantile(more, share) * 1000 for share in (0.25, 0.5, 0.75))
+        rows.append(
+            f"| {way} | {median(seconds) * 1000:.1f} | {_quantile(seconds, 0.9) * 1000:.1f} "
+            f"| {middle:+.1f} ({least:+.1f} to {most:+.1f}) |"
+        )
     return [
-        f"One caller, {len(alone[BARE])} requests each way; the limit is {MOST_MS:.0f} ms more at the median.\n",
-        "| way | median ms | 90 % within ms | more than bare, ms |",
+        _ALONE.format(requests=len(alone[BARE]), most=MOST_MS),
+        "| way | median ms | 90 % within ms | more than bare, ms (middle half) |",
         "| --- | ---: | ---: | ---: |",
         *rows,
         "",
