@@ -319,11 +319,12 @@ class Desk:
         if wanted.id is not None and not self.draining and self._looks < MOST_LOOKS:
             self._looks += 1
             try:
-                stored = await self._read(self.ledger.get(wanted.id))
-            except Refused:
+                stored = await self.ledger.get(wanted.id)
+            except ImagesError as error:
                 if not self.open:
-                    raise
-                stored = None  # that the line is full is the nearer reason
+                    raise self.bucket_refused(error) from error
+                _log.warning("whether it is recorded is not known, and the line is full: %s", error)
+                stored = None
             finally:
                 self._looks -= 1
             if stored is not None and stored.record.finished and not stored.record.may_run_again:

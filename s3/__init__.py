@@ -8,21 +8,17 @@ from s3.client import connect, content_md5
 from s3.words import (
     CERTIFICATE_REFUSED,
     UNREACHED,
-    Explanation,
     error_code,
     explain,
     explain_answer,
-    usual_code,
 )
 
 __all__ = [
     "CERTIFICATE_REFUSED",
     "UNREACHED",
-    "Explanation",
     "connect",
     "content_md5",
     "error_code",
     "explain",
     "explain_answer",
-    "usual_code",
 ]

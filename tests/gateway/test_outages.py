@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -132,19 +131,19 @@ def test_a_bucket_that_does_not_answer_holds_up_no_caller_and_no_stop(
     assert "Traceback" not in gateway.logs
 
 
-@contextmanager
-def stopped_while_an_image_is_read(
+@pytest.fixture
+def stopping(
     environment: dict[str, str],
     runner: Path,
     s3: EmbeddedS3,
-    bucket: str,
+    buckets: Buckets,
     callers: ThreadPoolExecutor,
 ) -> Iterator[tuple[GatewayServer, Future[httpx.Response]]]:
     """A gateway that was told to stop, and a caller who waits for an image that the bucket does not give."""
     short = {"STORE_IMAGES": "1", "SHUTDOWN_GRACE_SECONDS": str(GRACE_S)}
     with GatewayServer(environment | short, runner) as gateway:
         try:
-            s3.inject(Fault("hold", bucket=bucket, method="GET", key="*.png"))
+            s3.inject(Fault("hold", bucket=buckets.images, method="GET", key="*.png"))
             asked = callers.submit(gateway.post, "/predict", json={"prompt": "x"})
             s3.wait_for_held_request()
             gateway.terminate()
@@ -154,33 +153,21 @@ def stopped_while_an_image_is_read(
 
 
 def test_an_image_that_the_bucket_does_not_give_holds_up_no_stop(
-    environment: dict[str, str],
-    runner: Path,
-    s3: EmbeddedS3,
-    buckets: Buckets,
-    callers: ThreadPoolExecutor,
+    stopping: tuple[GatewayServer, Future[httpx.Response]],
 ) -> None:
     """A thread waits for it, three times 5 s if need be, and is not waited for."""
-    with stopped_while_an_image_is_read(environment, runner, s3, buckets.images, callers) as (
-        gateway,
-        _,
-    ):
-        assert gateway.process.wait(GRACE_S + LAST_S) == 0
+    gateway, _ = stopping
+
+    assert gateway.process.wait(GRACE_S + LAST_S) == 0
 
 
 def test_who_waits_for_an_image_at_the_end_is_told(
-    environment: dict[str, str],
-    runner: Path,
-    s3: EmbeddedS3,
-    buckets: Buckets,
-    callers: ThreadPoolExecutor,
+    stopping: tuple[GatewayServer, Future[httpx.Response]],
 ) -> None:
-    with stopped_while_an_image_is_read(environment, runner, s3, buckets.images, callers) as (
-        gateway,
-        asked,
-    ):
-        answer = asked.result(TIMEOUT_S)
-        gateway.process.wait(TIMEOUT_S)
+    gateway, asked = stopping
+
+    answer = asked.result(TIMEOUT_S)
+    gateway.process.wait(TIMEOUT_S)
 
     assert answer.status_code in (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
     assert answer.json()["detail"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from settings import load_storage_settings
 from tests.gateway.test_run import GIVEN, desk_before, until
 from tests.gateway.watching import run
 from tests.s3.test_signing import executable
+from tests.support.aws_environment import forget_this_machine
 from tests.support.records import BlockingRecords
 
 KEY = "2026/01/01/old-0.png"
@@ -32,12 +32,7 @@ def slow_images(
     s3: EmbeddedS3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ImageStore:
     """Its keys end too soon to be used. New ones come from a program, which waits 20 s for the file `answer`."""
-    for name in list(os.environ):
-        if name.startswith("AWS_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    forget_this_machine(monkeypatch, tmp_path)
     (tmp_path / "first").write_text(keys("ending", timedelta(minutes=1)))
     program = executable(
         tmp_path / "program",

@@ -12,7 +12,7 @@ import pytest
 
 from s3 import CERTIFICATE_REFUSED
 from s3.async_client import AsyncClient, S3Error
-from tests.s3.test_async_client import bare_environment, get, with_client
+from tests.s3.test_async_client import get, with_client
 from tests.s3.test_async_client_faults import (
     CONTENT,
     TIMEOUT_S,
@@ -29,7 +29,7 @@ from tests.support.object_server import Head, LoopbackServer, Wire, s3_error
 from tests.support.tls_front import TlsFront
 
 # Fixtures: pytest finds them by their names.
-__all__ = ["authority", "bare_environment", "pauses", "server"]
+__all__ = ["authority", "pauses", "server"]
 
 # More than the sockets on both sides hold for a server that reads nothing.
 LARGE = bytes(8 * 1024 * 1024)

@@ -16,7 +16,6 @@ from s3 import explain
 from s3.async_client import SIGNING_THREADS, AsyncClient, S3Error
 from settings import SettingsError, StorageSettings, load_storage_settings
 from tests.s3.test_async_client import (
-    bare_environment,
     bucket,
     get,
     put,
@@ -26,7 +25,7 @@ from tests.s3.test_async_client import (
 from tests.s3.test_async_client_faults import Answering, found, in_turn
 from tests.s3.test_signing import executable
 
-__all__ = ["bare_environment", "bucket", "storage"]  # fixtures: pytest finds them by their names
+__all__ = ["bucket", "storage"]  # fixtures: pytest finds them by their names
 
 
 def told(keys: Keypair, valid_for: timedelta | None = None) -> str:

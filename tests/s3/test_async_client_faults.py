@@ -16,14 +16,14 @@ from demo.s3 import EmbeddedS3, Keypair
 from s3 import CERTIFICATE_REFUSED, UNREACHED
 from s3.async_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, AsyncClient, S3Error
 from settings import StorageSettings
-from tests.s3.test_async_client import bare_environment, bucket, get, put, with_client
+from tests.s3.test_async_client import bucket, get, put, with_client
 from tests.support.authority import Authority
 from tests.support.fault_proxy import BEFORE_HEAD, Fault, FaultKind, FaultProxy, scripted
 from tests.support.object_server import Head, LoopbackServer, Wire, s3_error, status_line
 from tests.support.records import storage_of
 from tests.support.tls_front import ConnectProxy, TlsFront
 
-__all__ = ["bare_environment", "bucket"]  # fixtures: pytest finds them by their names
+__all__ = ["bucket"]  # fixtures: pytest finds them by their names
 
 TIMEOUT_S = 60.0
 CONTENT = b"content"

@@ -9,7 +9,7 @@ import pytest
 from s3 import explain_answer
 from s3.async_client import AsyncClient, S3Error
 from settings import StorageSettings
-from tests.s3.test_async_client import bare_environment, get, put, with_client
+from tests.s3.test_async_client import get, put, with_client
 from tests.s3.test_async_client_faults import (
     CONTENT,
     Answer,
@@ -20,7 +20,7 @@ from tests.s3.test_async_client_faults import (
 )
 from tests.support.object_server import Head, s3_error, status_line
 
-__all__ = ["bare_environment", "pauses"]  # fixtures: pytest finds them by their names
+__all__ = ["pauses"]  # fixtures: pytest finds them by their names
 
 HOME, AWAY = "auto", "eu-west-1"  # the first is what is signed for where no region is set
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,17 +26,6 @@ from settings import SettingsError, StorageSettings
 ROOT = Path(__file__).resolve().parents[2]
 BUCKETS = ("bucket", "my.bucket", "My_Bucket", "-bucket-", "a.b..c", "192.168.5.4", "a--b")
 KEYS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
-
-
-@pytest.fixture(autouse=True)
-def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither this machine's AWS settings, nor its proxies, nor a search for its role."""
-    for name in list(os.environ):
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
 def storage(**values: Any) -> StorageSettings:
