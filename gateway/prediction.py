@@ -48,6 +48,8 @@ class Prediction:
 
     def take(self, record: PredictionRecord) -> None:
         """Be what a record says."""
+        self._is_being_recorded = False
+        self._output_so_far: Any = None
         self.record = record
         self.status: str = record.status
         self.output: Any = record.output
@@ -67,20 +69,25 @@ class Prediction:
         return self._ended
 
     def answer(self) -> dict[str, Any]:
-        """What Cog answers of a prediction, and its times. Fields that have no value yet are left out, as Cog does."""
+        """What Cog answers of a prediction, and its times. Fields that have no value yet are left out, as Cog does.
+
+        Until what came of it is recorded it goes on: were this gateway to die now, another would make it anew.
+        """
+        goes_on = self._is_being_recorded and not self._ended
+        under_way = "starting" if self.started_at is None else "processing"
         told: dict[str, Any] = {
             "id": self.id,
             "input": self.record.input,
-            "status": self.status,
+            "status": under_way if goes_on else self.status,
             "logs": self.logs,
             "metrics": self.metrics,
             "created_at": iso(self.record.created_at),
         }
         known = {
-            "output": self.output,
-            "error": self.error,
+            "output": self._output_so_far if goes_on else self.output,
+            "error": None if goes_on else self.error,
             "started_at": iso(self.started_at),
-            "completed_at": iso(self.completed_at),
+            "completed_at": None if goes_on else iso(self.completed_at),
         }
         return told | {name: value for name, value in known.items() if value is not None}
 
@@ -109,6 +116,8 @@ class Prediction:
         completed_at: datetime | None = None,
     ) -> None:
         """Note what came of it; nobody is told before `end`."""
+        if not self._is_being_recorded:
+            self._is_being_recorded, self._output_so_far = True, self.output
         self.status, self.output, self.error = status, output, error
         if metrics is not None:
             self.metrics = metrics
@@ -118,6 +127,7 @@ class Prediction:
 
     def begin_again(self) -> None:
         """Forget what was made: its server died over it."""
+        self._is_being_recorded = False
         self.status, self.output, self.error, self.logs = "starting", None, None, ""
         self.metrics, self.started_at, self.completed_at = {}, None, None
 

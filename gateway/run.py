@@ -143,8 +143,8 @@ class Run:
             await entering
         finally:
             keeping.cancel()
-        self._measure()
         self.prediction.end()
+        self._measure()
         if self.prediction.refusal is None and not self._is_anothers:
             self._tell("completed")
 
@@ -321,7 +321,7 @@ class Run:
                             async for event in stream:
                                 if event.name == "completed":
                                     self._completed(event)
-                                    span.generated(prediction.answer())
+                                    span.generated(event.data)
                                     return
                                 started = True
                                 self._hear(event)

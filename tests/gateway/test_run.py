@@ -138,6 +138,50 @@ def test_what_the_gateway_fails_at_is_recorded_as_its_callers_are_told(
     run(test)
 
 
+@pytest.mark.parametrize(
+    "done",
+    [DONE, Event("completed", {"status": "failed", "error": "no"}).encode()],
+    ids=["succeeded", "failed"],
+)
+def test_nobody_is_told_of_an_end_that_is_not_recorded(
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords, done: bytes
+) -> None:
+    generate = asyncio.Event()
+    chunk = Event("output", {"chunk": "a", "index": 0}).encode()
+
+    async def held(writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + START + chunk + LOG)
+        await generate.wait()
+        writer.write(done)
+
+    async def told(desk: Desk) -> list[dict[str, Any]]:
+        """By those who look at it, and by those who look at the list."""
+        answer = await desk.get("kept")
+        listed, _ = await desk.recent(10, None)
+        return [*([answer] if answer else []), *listed]
+
+    async def test() -> None:
+        async with desk_before(s3, bucket, held) as desk:
+            prediction = await desk.submit(Wanted(GIVEN, id="kept", background=True))
+            await until(lambda: prediction.logs)
+            under_way = await told(desk)
+            s3.inject(Fault("hold", method="PUT", bucket=bucket, key=records.key("kept"), times=1))
+            generate.set()
+            try:
+                await asyncio.to_thread(s3.wait_for_held_request)
+                assert not record_of(records, "kept").finished
+                assert await told(desk) == under_way
+            finally:
+                s3.clear_faults()
+            await prediction.ended()
+            assert [answer["status"] for answer in await told(desk)] == [prediction.status] * 2
+        assert [answer["status"] for answer in under_way] == ["processing"] * 2
+        assert [answer["output"] for answer in under_way] == [["a"]] * 2
+        assert record_of(records, "kept").status == prediction.status
+
+    run(test)
+
+
 def test_a_prediction_that_is_cancelled_before_it_is_known_whose_it_is_is_cancelled_there(
     s3: EmbeddedS3, bucket: str, records: BlockingRecords
 ) -> None:
