@@ -5,6 +5,7 @@ it. Weights may change where they lie (a refresh, another model); a denoiser who
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ Batch = Mapping[str, torch.Tensor]
 
 # Libraries choose algorithms and take their workspaces in the first calls, which must not be part of a graph.
 CALLS_BEFORE_RECORDING = 2
+
+# Loading a compiled kernel waits for the whole card, which a recording does not survive, nor lets happen: whichever
+# thread it is on. So one of both at a time, over all engines of a process.
+one_records_or_loads = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Graphs:
         self._able = device.type == "cuda"
         self._recording = False
         self._anew = False
+        self._waits = True
         self._owner: object | None = None
         self._graphs: dict[tuple[object, ...], _Graph] = {}
         self._refused: set[tuple[object, ...]] = set()  # for want of memory
@@ -70,9 +76,12 @@ class Graphs:
         self._pool = None
 
     @contextmanager
-    def recording(self, *, anew: bool = False) -> Iterator[None]:
-        """Inside, a pass of a shape that has no graph gets one; and one that has, another, if they are made anew."""
-        self._recording, self._anew = True, anew
+    def recording(self, *, anew: bool = False, waits: bool = True) -> Iterator[None]:
+        """Inside, a pass of a shape that has no graph gets one; and one that has, another, if they are made anew.
+
+        While compiled code is being loaded it `waits` for that, or runs as it is and has none yet.
+        """
+        self._recording, self._anew, self._waits = True, anew, waits
         try:
             yield
         finally:
@@ -97,8 +106,15 @@ class Graphs:
         found = self._graphs.get(key)
         if found is not None and not self._anew:
             return found.replay(batch)
-        if self._recording and key not in self._refused:
-            self._record(predict, batch, key)
+        if (
+            self._recording
+            and key not in self._refused
+            and one_records_or_loads.acquire(blocking=self._waits)
+        ):
+            try:
+                self._record(predict, batch, key)
+            finally:
+                one_records_or_loads.release()
         return predict(batch)
 
     def _record(

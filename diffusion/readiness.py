@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
 
@@ -14,6 +14,7 @@ import torch
 from diffusion.compiled import Compiling, first_line
 from diffusion.device import ran_out_of_memory
 from diffusion.device_loop import DeviceLoop
+from diffusion.graphs import one_records_or_loads
 from diffusion.refresh import one_refresh_at_a_time
 from diffusion.rehearsal import Call, Rehearsal
 from diffusion.request import GenerationRequest, Plan
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 What = tuple[int, int, int]
 """Width, height, and how many images together."""
 
+Later = Mapping[What, Future[None]]
+"""What is made ready later, and whoever waits for it."""
+
 # One region of a model is read in a second or two.
 SECONDS_TO_STOP = 30.0
 
@@ -32,8 +36,9 @@ SECONDS_TO_STOP = 30.0
 class Readiness:
     """What of one engine's sizes and batches is ready, and will be.
 
-    On a card every usual size gets a graph, and what is to run compiled is read on a thread of its own. On a CPU only
-    what runs compiled is made ready, by the device's thread: a second one that computes would take its cores.
+    On a card every usual size gets a graph, and what is to run compiled is read on a thread of its own, before graphs
+    of other sizes than the native one are recorded. On a CPU only what runs compiled is made ready, by the device's
+    thread: a second one that computes would take its cores.
     """
 
     def __init__(
@@ -88,17 +93,21 @@ class Readiness:
                     len(at_once),
                     time.perf_counter() - started,
                 )
-        self._later(sizes, but=at_once)
+        rest = self._later(sizes, but=at_once)
         if self._rehearses and not compiles_here:
-            self._take_up()
+            self._take_up(then=rest)
+        else:
+            self._begin_with(rest)
 
     def begin_again(self) -> None:
         """Other parts have taken the model's place: what was ready of the ones before is of no use. Never waits."""
         self._stop_rehearsing.set()
         self._learned.clear()
-        self._later(self._sizes())
+        rest = self._later(self._sizes())
         if self._rehearses:
-            self._take_up()
+            self._take_up(then=rest)
+        else:
+            self._begin_with(rest)
 
     def stop(self) -> None:
         """End the thread that reads code after what it is at, and wait for that.
@@ -124,15 +133,19 @@ class Readiness:
     def _in_batches(self, sizes: Iterable[tuple[int, int]]) -> list[What]:
         return [(*size, together) for size in sizes for together in range(1, self._most + 1)]
 
-    def _later(self, sizes: Iterable[tuple[int, int]], but: Sequence[What] = ()) -> None:
-        for what in self._in_batches(sizes):
-            if what not in but:
-                self._await(self._chore(what, learn=not self._rehearses))
+    def _later(self, sizes: Iterable[tuple[int, int]], but: Sequence[What] = ()) -> Later:
+        """What is left of the sizes, for `_begin_with`; it can be waited for from now on."""
+        later = {what: Future[None]() for what in self._in_batches(sizes) if what not in but}
+        for waiting in later.values():
+            self._waiting.append(waiting)
+            # Nobody asks for what is done.
+            waiting.add_done_callback(self._waiting.remove)
+        return later
 
-    def _await(self, later: Future[None]) -> None:
-        self._waiting.append(later)
-        # Nobody asks for what is done.
-        later.add_done_callback(self._waiting.remove)
+    def _begin_with(self, later: Later) -> None:
+        for what, waiting in later.items():
+            chore = self._chore(what, learn=not self._rehearses)
+            chore.add_done_callback(partial(_pass_on, waiting))
 
     def _chore(self, what: What, *, learn: bool) -> Future[None]:
         """Have it made ready once there is no request: compiled where it is to be, or as it is."""
@@ -155,27 +168,25 @@ class Readiness:
 
     # Compiled code, on a card
 
-    def _take_up(self) -> None:
-        """Have compiled code read on a thread of its own, and used from then on."""
-        whats = self._in_batches(sorted(self._compiling.sizes))
-        if not whats:
+    def _take_up(self, then: Later) -> None:
+        """Have compiled code read on a thread of its own, and used from then on; and then begin with the rest."""
+        sizes = sorted(self._compiling.sizes)
+        if not sizes:
+            self._begin_with(then)
             return
-        waiting = {what: Future[None]() for what in whats}
-        for later in waiting.values():
-            self._await(later)
         self._stop_rehearsing = threading.Event()
         self._thread = threading.Thread(
             target=self._rehearse_all,
-            args=(waiting, self._stop_rehearsing),
+            args=(self._later(sizes), then, self._stop_rehearsing),
             name="rehearsal",
             daemon=True,
         )
         self._thread.start()
 
-    def _rehearse_all(self, waiting: dict[What, Future[None]], stopped: threading.Event) -> None:
-        for what, later in waiting.items():
-            if stopped.is_set() or not later.set_running_or_notify_cancel():
-                later.cancel()
+    def _rehearse_all(self, first: Later, then: Later, stopped: threading.Event) -> None:
+        for what, waiting in first.items():
+            if stopped.is_set():
+                waiting.cancel()
                 continue
             began = time.perf_counter()
             try:
@@ -191,7 +202,12 @@ class Readiness:
                     *_told(what),
                     seconds,
                 )
-            later.set_result(None)
+            waiting.set_result(None)
+        if not stopped.is_set():
+            self._begin_with(then)
+            return
+        for waiting in then.values():
+            waiting.cancel()
 
     def _rehearse(self, what: What, stopped: threading.Event) -> None:
         plan, together = self._plan(what), what[2]
@@ -228,7 +244,7 @@ class Readiness:
             full = False
             try:
                 # Building a pipeline patches torch for all threads; neither may see the other half done.
-                with one_refresh_at_a_time:
+                with one_refresh_at_a_time, one_records_or_loads:
                     call.make()
             except Exception as error:  # noqa: BLE001 - it is only about speed, and the caller tells
                 failure = first_line(error)
@@ -259,6 +275,16 @@ def _log_reason(what: What, reason: str) -> None:
     logger.info(
         "Not made ready, and slower the first time: %d of %dx%d (%s).", *_told(what), reason
     )
+
+
+def _pass_on(waiting: Future[None], done: Future[None]) -> None:
+    """Whatever became of it, whoever waits need not any more."""
+    if done.cancelled():
+        waiting.cancel()
+    elif (error := done.exception()) is not None:
+        waiting.set_exception(error)
+    else:
+        waiting.set_result(None)
 
 
 def _log_failure(what: What, done: Future[None]) -> None:

@@ -81,5 +81,6 @@ class _Replaying:
         batch = {"input_ids": input_ids}
         if len(self._graphs) == MOST_GRAPHS:
             return self._graphs.run(self, encode, batch, kind)
-        with self._graphs.recording():
+        # A request waits for this; the next prompt's will do as well.
+        with self._graphs.recording(waits=False):
             return self._graphs.run(self, encode, batch, kind)

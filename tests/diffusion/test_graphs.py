@@ -1,6 +1,7 @@
 """What is left when recording a graph fails, on any machine: the card's part of torch is played by a stand-in."""
 
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.graphs import Batch, Graphs
+from diffusion.graphs import Batch, Graphs, one_records_or_loads
 from diffusion.text_graphs import TextGraphs
 
 
@@ -144,6 +145,36 @@ def test_any_other_failure_ends_graphs_with_one_line(card, caplog):
     (line,) = caplog.records
     assert "CUDA graphs are off" in line.getMessage()
     assert len(graphs) == 0
+
+
+def test_a_recording_waits_for_compiled_code_that_is_being_loaded(card):
+    graphs, predict = Graphs(torch.device("cuda")), Pass(card)
+    recording = threading.Thread(target=record, args=(graphs, predict, card), daemon=True)
+
+    with one_records_or_loads:
+        recording.start()
+        recording.join(0.1)
+        assert recording.is_alive()
+        assert len(graphs) == 0
+    recording.join(60)
+
+    assert len(graphs) == 1
+    assert not one_records_or_loads.locked()
+
+
+def test_a_prompt_does_not_wait_for_that_and_the_next_one_gets_its_graph(card):
+    graphs, predict = Graphs(torch.device("cuda")), Pass(card)
+
+    def encode() -> None:
+        with graphs.recording(waits=False):
+            graphs.run(card, predict, batch(), kind="prompt")
+
+    with one_records_or_loads:
+        encode()
+        assert len(graphs) == 0
+    encode()
+
+    assert len(graphs) == 1
 
 
 def test_what_a_failed_recording_held_is_gone_when_the_card_s_memory_is_given_back(

@@ -20,6 +20,7 @@ from demo.small_sdxl import write_small_sdxl
 from diffusion import group_norms, regions
 from diffusion.compiled import Compiling
 from diffusion.engine import Engine, GenerationRequest
+from diffusion.graphs import one_records_or_loads
 from diffusion.group_norms import spread_group_norms
 from diffusion.layout import lay_channels_side_by_side
 from diffusion.refresh import stage
@@ -131,6 +132,31 @@ def test_all_is_read_on_another_thread_while_requests_are_served(model, plain, c
         assert near(made(engine, size), made(plain, size))
     # Neither a size that is not among them nor guidance sets the compiler off, nor what was read once.
     assert len(compiler.threads) == graphs
+
+
+def test_other_sizes_are_recorded_once_all_is_read_and_nothing_while_something_is(model, compiler):
+    engine = engine_of(model, SQUARE, WIDE)
+    record, recorded = engine._loop.record, []
+
+    def noted(plan: Any, together: int = 1, *, anew: bool = False) -> None:
+        assert not one_records_or_loads.locked()
+        recorded.append(((plan.width, plan.height), anew))
+        record(plan, together, anew=anew)
+
+    engine._loop.record = noted
+    reading, read = compiler.held()
+    engine.warm_up()
+    assert reading.wait(60)
+    assert one_records_or_loads.locked()
+    made(engine)
+    beside = list(recorded)
+    read.set()
+    wait(engine)
+
+    assert beside == [(SQUARE, False)]
+    learned, others = recorded[1:3], recorded[3:]
+    assert sorted(learned) == [(SQUARE, True), (WIDE, True)]
+    assert others == [(WIDE, False)]
 
 
 def test_what_is_refused_leaves_the_plain_path_and_one_line(model, plain, compiler, caplog):
