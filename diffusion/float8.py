@@ -1,10 +1,14 @@
 """Linear layers in 8-bit floats, on cards whose tensor cores compute them: twice the rate, and a little of the quality.
 
-Weights are rounded once, by row; inputs as they come, by row, so that one bright pixel takes no bits from the others
-(dynamic row-wise scaling, as in https://arxiv.org/abs/2209.05433 and torch's own recipes). Results are in the
-model's dtype. The weights stay where they are beside their rounded copies, for refreshes and for other models.
+Weights are rounded once. Inputs whose largest number is known from the weights before them (bounds.py) are scaled by
+one power of two for each layer: small numbers lose nothing by that, nobody has to look for the largest one, and neither
+company nor prompt changes how an image is rounded. Other inputs are scaled row by row as they come, so that one bright
+pixel takes nothing from the others (dynamic row-wise scaling, as in https://arxiv.org/abs/2209.05433 and torch's own
+recipes). Results are in the model's dtype. The weights stay where they are beside their rounded copies, for refreshes
+and for other models.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +17,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn import functional
 
+from diffusion.bounds import Bound, Linear, input_bounds
 from diffusion.fused import Joined, is_plain
 
 E4M3 = torch.float8_e4m3fn
@@ -20,8 +25,8 @@ LARGEST = torch.finfo(E4M3).max
 
 # Below this the rounding costs more than the product gains, and tensor cores want multiples of 16.
 SMALLEST_SIDE = 640
-# Square ones are too small to gain at batch 1, and so is what reads the prompt, of 77 rows: on an H200 1024 rows times
-# 1280x1280 took 8 us in bfloat16 and 9 in 8 bits, times 1280x10240 42 and 25.
+# Square ones gain little at batch 1, and what reads the prompt, of 77 rows, nothing: on an H200 1024 rows times
+# 1280x1280 took 7.5 us in bfloat16 and 6.1 in 8 bits, times 1280x10240 44 and 29, times 5120x1280 20 and 12.
 LEAST_TIMES_AS_WIDE = 2
 
 # An attention's layers: those that read the prompt, and those that may have been joined to one.
@@ -52,7 +57,11 @@ class Float8Layers:
     """
 
     def __init__(self, denoiser: nn.Module, smallest_side: int = SMALLEST_SIDE) -> None:
-        self._layers = [_Float8(layer) for layer in _large_layers(denoiser, smallest_side)]
+        bounds = input_bounds(denoiser)
+        self._layers = [
+            _Bounded(layer, bounds[layer]) if layer in bounds else _ByRows(layer)
+            for layer in _large_layers(denoiser, smallest_side)
+        ]
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -68,15 +77,16 @@ class Float8Layers:
             layer.switch(on)
 
 
-class _Float8:
-    def __init__(self, layer: nn.Linear | Joined) -> None:
+class _Float8(ABC):
+    """Stands in for one layer's product. Its tensors keep their places, where graphs and compiled code read them."""
+
+    def __init__(self, layer: Linear) -> None:
         self._layer = layer
-        self._weight, self._scale = _rounded(layer.weight)
+        self._tensors = self._made()
 
     def refresh(self) -> None:
-        weight, scale = _rounded(self._layer.weight)
-        self._weight.copy_(weight)
-        self._scale.copy_(scale)
+        for mine, made in zip(self._tensors, self._made(), strict=True):
+            mine.copy_(made)
 
     def switch(self, on: bool) -> None:
         if isinstance(self._layer, Joined):
@@ -86,33 +96,86 @@ class _Float8:
         else:
             self._layer.__dict__.pop("forward", None)
 
+    @property
+    def rounded(self) -> torch.Tensor:
+        """The weight in 8 bits."""
+        return self._tensors[0]
+
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self(hidden_states, self._layer.weight, self._layer.bias)
 
     def __call__(
         self, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        rows, scale = _rounded(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        rows, scale, scale_of_weight = self._prepared(hidden_states.flatten(0, -2))
         # `functional.scaled_mm` is its public name; torch.compile cannot read that one before torch 2.13.
         product = torch._scaled_mm(  # noqa: SLF001
             rows,
-            self._weight.t(),
+            self.rounded.t(),
             scale,
-            self._scale.t(),
+            scale_of_weight,
             bias=bias,
             out_dtype=hidden_states.dtype,
             use_fast_accum=True,
         )
         return product.view(*hidden_states.shape[:-1], len(weight))
 
+    @abstractmethod
+    def _made(self) -> tuple[torch.Tensor, ...]:
+        """The weight in 8 bits first, and what belongs to it."""
 
-def _rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @abstractmethod
+    def _prepared(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows in 8 bits, what to multiply them by, and what to multiply the weight by, in float32."""
+
+
+class _Bounded(_Float8):
+    """One power of two for all inputs, another one for the weight, which change nothing of a float but its exponent."""
+
+    def __init__(self, layer: Linear, bound: Bound) -> None:
+        self._bound = bound
+        super().__init__(layer)
+
+    def _made(self) -> tuple[torch.Tensor, ...]:
+        weight = self._layer.weight.float()
+        of_weight, of_input = _power_of_two(weight.abs().amax()), _power_of_two(self._bound())
+        # One over a power of two is exact, and a product takes a card less time than a quotient.
+        return _in_8_bits(weight / of_weight), of_weight, of_input, 1 / of_input
+
+    def _prepared(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, of_weight, of_input, per_input = self._tensors
+        return _in_8_bits(rows.float() * per_input), of_input, of_weight
+
+
+class _ByRows(_Float8):
+    """A scale for each row of the inputs, and for each of the weight."""
+
+    def _made(self) -> tuple[torch.Tensor, ...]:
+        return _rounded_by_rows(self._layer.weight)
+
+    def _prepared(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, of_weight = self._tensors
+        rounded, scale = _rounded_by_rows(rows)
+        return rounded, scale, of_weight.t()
+
+
+def _in_8_bits(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.clamp(-LARGEST, LARGEST).to(E4M3)
+
+
+def _power_of_two(largest: torch.Tensor) -> torch.Tensor:
+    """The least one that takes numbers up to the largest into the range of 8 bits."""
+    ratio = largest.float().clamp(min=1e-30) / LARGEST
+    return ratio / torch.frexp(ratio).mantissa
+
+
+def _rounded_by_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row in 8 bits, and what to multiply it by, in float32."""
     # The largest of pieces first: a compiler keeps pieces of a row in registers, and would read a whole row twice.
     piece = _piece(rows.shape[-1])
     pieces = rows.abs().reshape(*rows.shape[:-1], -1, piece).amax(dim=-1)
     scale = pieces.amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    return _in_8_bits(rows.float() / scale), scale
 
 
 def _piece(width: int) -> int:
@@ -129,7 +192,7 @@ def _is_large(shape: Sequence[int], smallest_side: int) -> bool:
     )
 
 
-def _large_layers(denoiser: nn.Module, smallest_side: int) -> Iterator[nn.Linear | Joined]:
+def _large_layers(denoiser: nn.Module, smallest_side: int) -> Iterator[Linear]:
     for name, module in denoiser.named_modules():
         if "transformer_blocks" not in name:
             continue

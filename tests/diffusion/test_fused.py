@@ -115,7 +115,7 @@ def test_rounded_copies_are_counted_before_anything_is_fused(model, monkeypatch)
     layers = Float8Layers(pipeline.unet, smallest_side=32)
 
     assert before == rounded_bytes(pipeline.unet)
-    assert before == sum(layer._weight.nbytes for layer in layers._layers)
+    assert before == sum(layer.rounded.nbytes for layer in layers._layers)
 
 
 def test_layers_in_8_bits_follow_a_new_version(model, half_model):
@@ -320,7 +320,7 @@ def test_layers_that_have_no_room_for_8_bits_stay_as_they_are(model, speed, monk
     def full(rows: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
 
-    monkeypatch.setattr("diffusion.float8._rounded", full)
+    monkeypatch.setattr("diffusion.float8._in_8_bits", full)
 
     engine = prepared(speed, model)
 
@@ -341,7 +341,7 @@ def test_new_weights_that_cannot_be_rounded_end_8_bit_floats(model, speed, monke
     def full(rows: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("diffusion.float8._rounded", full)
+    monkeypatch.setattr("diffusion.float8._in_8_bits", full)
     speed.prepare(pipeline.unet, pipeline.vae)
 
     assert psnr(image(engine), image(Engine(build(model), LIGHTNING))) >= 60
@@ -361,6 +361,6 @@ def test_graphs_are_forgotten_when_passes_compute_in_another_way(model, speed, m
     speed.prepare(pipeline.unet, pipeline.vae)
     assert in_8_bits_when_forgotten == [True]  # and not when weights only were rounded anew
 
-    monkeypatch.setattr("diffusion.float8._rounded", lambda rows: 1 / 0)
+    monkeypatch.setattr("diffusion.float8._in_8_bits", lambda rows: 1 / 0)
     speed.prepare(pipeline.unet, pipeline.vae)
     assert in_8_bits_when_forgotten == [True, False]
