@@ -11,7 +11,8 @@ Kind = Literal["ours", "bound", "peer"]
 
 COLOURS: dict[Kind, str] = {"ours": "#d9480f", "bound": "#868e96", "peer": "#4263eb"}
 WIDTH = 900
-LABELS = 330  # pixels of the column of labels
+LABELS = 330  # pixels of the column of labels, or as many as the longest takes
+LETTER = 8.2  # pixels; bold and in a wide font
 VALUES = 130  # pixels kept free right of the longest bar
 ROW, BAR, TITLE, MARGIN = 26, 17, 46, 20
 
@@ -34,8 +35,10 @@ def draw(title: str, panels: Sequence[Panel]) -> str:
     """Every panel has a scale of its own, from zero."""
     body: list[str] = []
     top = MARGIN + 24
+    longest = max((len(bar.label) for panel in panels for bar in panel.bars), default=0)
+    left = MARGIN + max(LABELS, round(LETTER * longest))
     for panel in panels:
-        body += _panel(panel, top)
+        body += _panel(panel, top, left)
         top += TITLE + ROW * len(panel.bars)
     height = top + MARGIN
     return "\n".join(
@@ -56,9 +59,8 @@ def draw(title: str, panels: Sequence[Panel]) -> str:
     )
 
 
-def _panel(panel: Panel, top: int) -> list[str]:
+def _panel(panel: Panel, top: int, left: int) -> list[str]:
     most = max((bar.value for bar in panel.bars), default=0) or 1.0
-    left = MARGIN + LABELS
     lines = [
         f'<text x="{MARGIN}" y="{top + 26}" font-size="14" fill="#495057">{escape(panel.title)}</text>',
         (
