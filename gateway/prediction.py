@@ -48,8 +48,7 @@ class Prediction:
 
     def take(self, record: PredictionRecord) -> None:
         """Be what a record says."""
-        self._is_being_recorded = False
-        self._output_so_far: Any = None
+        self._under_way: dict[str, Any] | None = None
         self.record = record
         self.status: str = record.status
         self.output: Any = record.output
@@ -65,7 +64,7 @@ class Prediction:
 
     @property
     def finished(self) -> bool:
-        """Nothing of it changes any more, and what there is to record is recorded."""
+        """Nothing of it changes any more, and what there is to record is recorded, unless the bucket would not."""
         return self._ended
 
     def answer(self) -> dict[str, Any]:
@@ -73,21 +72,21 @@ class Prediction:
 
         Until what came of it is recorded it goes on: were this gateway to die now, another would make it anew.
         """
-        goes_on = self._is_being_recorded and not self._ended
-        under_way = "starting" if self.started_at is None else "processing"
+        if self._under_way is not None and not self._ended:
+            return dict(self._under_way)
         told: dict[str, Any] = {
             "id": self.id,
             "input": self.record.input,
-            "status": under_way if goes_on else self.status,
+            "status": self.status,
             "logs": self.logs,
             "metrics": self.metrics,
             "created_at": iso(self.record.created_at),
         }
         known = {
-            "output": self._output_so_far if goes_on else self.output,
-            "error": None if goes_on else self.error,
+            "output": self.output,
+            "error": self.error,
             "started_at": iso(self.started_at),
-            "completed_at": None if goes_on else iso(self.completed_at),
+            "completed_at": iso(self.completed_at),
         }
         return told | {name: value for name, value in known.items() if value is not None}
 
@@ -115,9 +114,11 @@ class Prediction:
         logs: str | None = None,
         completed_at: datetime | None = None,
     ) -> None:
-        """Note what came of it; nobody is told before `end`."""
-        if not self._is_being_recorded:
-            self._is_being_recorded, self._output_so_far = True, self.output
+        """Note what came of it; nobody is told before `end`, and nothing changes after it."""
+        if self._ended:
+            return
+        if self._under_way is None:
+            self._under_way = self.answer()
         self.status, self.output, self.error = status, output, error
         if metrics is not None:
             self.metrics = metrics
@@ -127,7 +128,7 @@ class Prediction:
 
     def begin_again(self) -> None:
         """Forget what was made: its server died over it."""
-        self._is_being_recorded = False
+        self._under_way = None
         self.status, self.output, self.error, self.logs = "starting", None, None, ""
         self.metrics, self.started_at, self.completed_at = {}, None, None
 

@@ -19,6 +19,7 @@ from gateway.ledger import LEASE_S
 from gateway.line import LineFullError, Place
 from gateway.logs import bind_prediction
 from gateway.prediction import Leaving, Prediction
+from gateway.recording import Recording
 from gateway.refusals import Refused, another_input, used_before
 from gateway.webhooks import WebhookEvent, due
 from images.errors import ImagesError, LostLeaseError
@@ -35,7 +36,6 @@ LOOK_ELSEWHERE_S = 1.0
 LOGS_EVERY_S = 0.5  # as Cog does
 FIRST_BUSY_PAUSE_S = 0.02
 LONGEST_BUSY_PAUSE_S = 1.0
-RECORD_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 _MISTAKE = "the server made a mistake; its log says which"
 
@@ -79,7 +79,7 @@ class Run:
         self._settled = asyncio.Event()
         self._heard = asyncio.Event()
         self._is_entered = False
-        self._is_anothers = False
+        self._is_recorded = False
         self._outputs = 0
         self._logs_told_at = -LOGS_EVERY_S
         now = asyncio.get_running_loop().time
@@ -117,6 +117,11 @@ class Run:
                 prediction.refuse(refused)
             except ImagesError as error:
                 prediction.refuse(self._desk.bucket_refused(error))
+            except (
+                asyncio.CancelledError
+            ):  # this server's time is over, and what came of it is not recorded
+                self._ask_again()
+                raise
             except Exception:  # noqa: BLE001 - whoever waits is told, whatever it was
                 _log.exception("unexpected error")
                 prediction.finish("failed", error=_MISTAKE)
@@ -145,8 +150,8 @@ class Run:
             keeping.cancel()
         self.prediction.end()
         self._measure()
-        if self.prediction.refusal is None and not self._is_anothers:
-            self._tell("completed")
+        if self._is_recorded:
+            self._tell_end()
 
     # Whose it is.
 
@@ -321,7 +326,7 @@ class Run:
                             async for event in stream:
                                 if event.name == "completed":
                                     self._completed(event)
-                                    span.generated(event.data)
+                                    span.generated({**event.data, "status": prediction.status})
                                     return
                                 started = True
                                 self._hear(event)
@@ -398,12 +403,7 @@ class Run:
                 )
                 again = True
             case Leaving.STOPPING:
-                prediction.refusal = Refused(
-                    HTTPStatus.SERVICE_UNAVAILABLE,
-                    "this server stopped before it was finished: ask again, with the same id",
-                    reason="draining",
-                    retry_after_s=1.0,
-                )
+                prediction.refusal = _stopped()
                 if prediction.background:
                     await self._hand_back()
                     return
@@ -418,50 +418,43 @@ class Run:
         await self._record(may_run_again=again)
 
     async def _record(self, *, may_run_again: bool) -> None:
-        prediction, claimed = self.prediction, self._claimed
+        claimed = self._claimed
         if claimed is None:
             raise RuntimeError("it is not claimed")
-        for pause in RECORD_PAUSES_S:
-            await asyncio.sleep(pause)
-            try:
-                with self._desk.tracing.step("record"):
-                    await self._desk.ledger.finish(
-                        claimed,
-                        prediction.status,
-                        output=prediction.output,
-                        error=prediction.error,
-                        metrics=prediction.metrics,
-                        logs=prediction.logs,
-                        started_at=prediction.started_at,
-                        completed_at=prediction.completed_at,
-                        may_run_again=may_run_again,
-                    )
-            except LostLeaseError as error:
-                _log.warning("%s", error)
-                await self._what_is_recorded()
-                return
-            except ImagesError as error:
-                problem_met = error
-            else:
-                return
-        # Its caller has waited for it, and gets it all the same.
-        _log.error("the result is not recorded, and would be made again: %s", problem_met)
+        recording = Recording(self._desk, self.prediction, claimed, may_run_again=may_run_again)
+        try:
+            self._is_recorded = await recording.within_patience()
+        except LostLeaseError as error:
+            _log.warning("%s", error)
+            await self._what_is_recorded()
+            return
+        if not self._is_recorded:  # its caller has waited for it, and gets it all the same
+            self._desk.in_background(recording.later(then=self._tell_end))
+
+    def _tell_end(self) -> None:
+        if self.prediction.refusal is None:
+            self._tell("completed")
 
     async def _what_is_recorded(self) -> None:
         """Another has it by now, and what it recorded counts; it also tells of it."""
-        self._is_anothers = True
         stored = await self._desk.ledger.get(self.prediction.id)
         if stored is None:
             self.prediction.finish("failed", error="its record was deleted while it was made")
         elif stored.record.finished:
             self.prediction.take(await self._desk.ledger.with_fresh_urls(stored.record))
         else:
+            self.prediction.take(stored.record)
             self.prediction.refusal = Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "another server has taken this prediction over: ask for it there, with GET or the same PUT",
                 reason="conflict",
                 retry_after_s=1.0,
             )
+
+    def _ask_again(self) -> None:
+        """Whoever comes back gets what is recorded, or has it made anew."""
+        self.prediction.take(self.prediction.record)
+        self.prediction.refusal = _stopped()
 
     async def _hand_back(self) -> None:
         """To whichever gateway looks first: it need not wait for the lease's end."""
@@ -494,3 +487,12 @@ class Run:
         if self._place is not None:
             self._desk.line.leave(self._place)
             self._place = None
+
+
+def _stopped() -> Refused:
+    return Refused(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "this server stopped before it was finished: ask again, with the same id",
+        reason="draining",
+        retry_after_s=1.0,
+    )

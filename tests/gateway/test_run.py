@@ -16,6 +16,8 @@ import pytest
 
 from demo.s3 import EmbeddedS3
 from demo.s3_faults import Fault
+from gateway import desk as gateway_desk
+from gateway import recording as gateway_recording
 from gateway import run as gateway_run
 from gateway.addresses import Guard, GuardedTransport, parse_allowed
 from gateway.cog_client import CogClient, new_session
@@ -24,11 +26,12 @@ from gateway.desk import Desk, Wanted
 from gateway.event_stream import Event
 from gateway.ledger import Ledger
 from gateway.webhooks import Webhooks
-from images.prediction import PredictionRecord
+from images.prediction import PredictionRecord, Webhook
 from images.records import Claimed, RecordStore
 from images.store import ImageStore
 from s3.async_client import AsyncClient
 from tests.gateway.watching import NEVER_S, TIMEOUT_S, run
+from tests.support.receiver import Receiver, receiver
 from tests.support.records import BlockingRecords, storage_of
 
 GIVEN: dict[str, Any] = {"prompt": "x"}
@@ -63,6 +66,7 @@ async def desk_before(
     *,
     images: ImageStore | None = None,
     keys_may_block: bool = False,
+    private_hosts: str = "",
 ) -> AsyncIterator[Desk]:
     """`serve` answers what is asked for predictions; `images` are the bucket's unless given."""
 
@@ -80,7 +84,7 @@ async def desk_before(
         new_session() as session,
         AsyncClient(storage_of(s3)) as client,
         httpx.AsyncClient(
-            transport=GuardedTransport(Guard(parse_allowed(""))), trust_env=False
+            transport=GuardedTransport(Guard(parse_allowed(private_hosts))), trust_env=False
         ) as theirs,
     ):
         cog = Cog(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
@@ -138,48 +142,149 @@ def test_what_the_gateway_fails_at_is_recorded_as_its_callers_are_told(
     run(test)
 
 
+async def told_by(desk: Desk, name: str) -> list[dict[str, Any]]:
+    """To those who look at it, and to those who look at the list."""
+    answer = await desk.get(name)
+    listed, _ = await desk.recent(10, None)
+    return [*([answer] if answer else []), *listed]
+
+
+class Held:
+    """A runner that has told of an output, and whose end the bucket does not take until `s3.clear_faults`."""
+
+    def __init__(self, s3: EmbeddedS3, bucket: str, records: BlockingRecords, done: bytes) -> None:
+        self._s3 = s3
+        self._fault = Fault("hold", method="PUT", bucket=bucket, key=records.key("kept"), times=1)
+        self._done = done
+        self._ends = asyncio.Event()
+
+    async def serve(self, writer: asyncio.StreamWriter) -> None:
+        chunk = Event("output", {"chunk": "a", "index": 0}).encode()
+        writer.write(HEAD + START + chunk + LOG)
+        await self._ends.wait()
+        writer.write(self._done)
+
+    async def end(self) -> None:
+        """Returns while the record is on its way."""
+        self._s3.inject(self._fault)
+        self._ends.set()
+        await asyncio.to_thread(self._s3.wait_for_held_request)
+
+
 @pytest.mark.parametrize(
-    "done",
-    [DONE, Event("completed", {"status": "failed", "error": "no"}).encode()],
+    "end",
+    [
+        {"status": "succeeded", "output": ["a"], "metrics": {"predict_time": 1.5}, "logs": "all"},
+        {"status": "failed", "error": "no"},
+    ],
     ids=["succeeded", "failed"],
 )
 def test_nobody_is_told_of_an_end_that_is_not_recorded(
-    s3: EmbeddedS3, bucket: str, records: BlockingRecords, done: bytes
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords, end: dict[str, Any]
 ) -> None:
-    generate = asyncio.Event()
-    chunk = Event("output", {"chunk": "a", "index": 0}).encode()
-
-    async def held(writer: asyncio.StreamWriter) -> None:
-        writer.write(HEAD + START + chunk + LOG)
-        await generate.wait()
-        writer.write(done)
-
-    async def told(desk: Desk) -> list[dict[str, Any]]:
-        """By those who look at it, and by those who look at the list."""
-        answer = await desk.get("kept")
-        listed, _ = await desk.recent(10, None)
-        return [*([answer] if answer else []), *listed]
-
     async def test() -> None:
-        async with desk_before(s3, bucket, held) as desk:
+        held = Held(s3, bucket, records, Event("completed", end).encode())
+        async with desk_before(s3, bucket, held.serve) as desk:
             prediction = await desk.submit(Wanted(GIVEN, id="kept", background=True))
             await until(lambda: prediction.logs)
-            under_way = await told(desk)
-            s3.inject(Fault("hold", method="PUT", bucket=bucket, key=records.key("kept"), times=1))
-            generate.set()
+            under_way = await told_by(desk, "kept")
             try:
-                await asyncio.to_thread(s3.wait_for_held_request)
+                await held.end()
                 assert not record_of(records, "kept").finished
-                assert await told(desk) == under_way
+                assert await told_by(desk, "kept") == under_way
             finally:
                 s3.clear_faults()
             await prediction.ended()
-            assert [answer["status"] for answer in await told(desk)] == [prediction.status] * 2
+            told = await told_by(desk, "kept")
+        assert [answer["status"] for answer in told] == [end["status"]] * 2
         assert [answer["status"] for answer in under_way] == ["processing"] * 2
         assert [answer["output"] for answer in under_way] == [["a"]] * 2
-        assert record_of(records, "kept").status == prediction.status
+        assert record_of(records, "kept").status == end["status"]
 
     run(test)
+
+
+def test_an_end_that_another_replica_forestalls_is_told_to_nobody(
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords
+) -> None:
+    async def test() -> None:
+        held = Held(s3, bucket, records, DONE)
+        async with desk_before(s3, bucket, held.serve) as desk:
+            prediction = await desk.submit(Wanted(GIVEN, id="kept", background=True))
+            try:
+                await held.end()
+                theirs = record_of(records, "kept").changed(owner="other", claim="theirs")
+                s3.client().put_object(Bucket=bucket, Key=records.key("kept"), Body=theirs.dump())
+            finally:
+                s3.clear_faults()
+            await prediction.ended()
+            told = await told_by(desk, "kept")
+            assert {answer["status"] for answer in told} == {theirs.status}
+            assert prediction.refusal is not None
+            assert "another server" in str(prediction.refusal)
+            events = [event.name async for event in prediction.events()]
+            assert "completed" not in events
+
+    run(test)
+
+
+def test_an_end_that_is_not_recorded_before_the_server_s_is_told_to_nobody(
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_desk, "LAST_WEBHOOKS_S", 0.1)
+
+    async def test() -> None:
+        held = Held(s3, bucket, records, DONE)
+        async with desk_before(s3, bucket, held.serve) as desk:
+            prediction = await desk.submit(Wanted(GIVEN, id="kept"))
+            with desk.watching(prediction):
+                try:
+                    await held.end()
+                    await desk.close(0.1)
+                    await prediction.ended()
+                finally:
+                    s3.clear_faults()
+            assert prediction.refusal is not None
+            assert "ask again" in str(prediction.refusal)
+            assert "completed" not in [event.name async for event in prediction.events()]
+
+    run(test)
+
+
+def test_a_result_that_the_bucket_does_not_take_in_time_is_recorded_later_and_told_then(
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_recording, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(gateway_recording, "LATER_EVERY_S", 0.05)
+    begin = asyncio.Event()
+
+    async def once_told(writer: asyncio.StreamWriter) -> None:
+        await begin.wait()
+        writer.write(HEAD + START + DONE)
+
+    async def test(hooks: Receiver) -> None:
+        async with desk_before(s3, bucket, once_told, private_hosts="127.0.0.1") as desk:
+            webhook = Webhook(url=hooks.url, events_filter=["completed"])
+            wanted = Wanted(GIVEN, id="kept", webhook=webhook, background=True)
+            prediction = await desk.submit(wanted)
+            s3.inject(
+                Fault("status", method="PUT", bucket=bucket, key=records.key("kept"), status=403)
+            )
+            begin.set()
+            try:
+                await prediction.ended()
+                assert prediction.answer()["status"] == "succeeded"
+                assert not record_of(records, "kept").finished
+                assert hooks.messages == []
+            finally:
+                s3.clear_faults()
+            await until(lambda: hooks.messages)
+            assert record_of(records, "kept").status == "succeeded"
+            (message,) = hooks.messages
+            assert message.answer["output"] == ["a"]
+
+    with receiver() as hooks:
+        run(lambda: test(hooks))
 
 
 def test_a_prediction_that_is_cancelled_before_it_is_known_whose_it_is_is_cancelled_there(

@@ -1,0 +1,77 @@
+"""What a prediction came to, on its way into its record: for some seconds while its caller waits, and then beside."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gateway.prediction import Prediction
+from images.errors import ImagesError, LostLeaseError
+from images.records import Claimed
+
+if TYPE_CHECKING:
+    from gateway.desk import Desk
+
+PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
+LATER_EVERY_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class Recording:
+    """Of a prediction that this gateway has claimed and that is finished."""
+
+    def __init__(
+        self, desk: Desk, prediction: Prediction, claimed: Claimed, *, may_run_again: bool
+    ) -> None:
+        self._desk = desk
+        self._prediction = prediction
+        self._claimed = claimed
+        self._may_run_again = may_run_again
+
+    async def within_patience(self) -> bool:
+        """Whether it is recorded by now. Raises LostLeaseError."""
+        for pause in PAUSES_S:
+            await asyncio.sleep(pause)
+            try:
+                await self._write()
+            except LostLeaseError:
+                raise
+            except ImagesError as error:
+                problem_met = error
+            else:
+                return True
+        _log.error("the result is not recorded yet, which is tried again: %s", problem_met)
+        return False
+
+    async def later(self, then: Callable[[], None]) -> None:
+        """Go on until it is, or another has the prediction and makes it anew. `then` is for what others may rely on."""
+        while True:
+            await asyncio.sleep(LATER_EVERY_S)
+            try:
+                await self._write()
+            except LostLeaseError as error:
+                _log.warning("%s", error)
+                return
+            except ImagesError:
+                continue
+            break
+        _log.info("the result is recorded after all")
+        then()
+
+    async def _write(self) -> None:
+        prediction = self._prediction
+        with self._desk.tracing.step("record"):
+            await self._desk.ledger.finish(
+                self._claimed,
+                prediction.status,
+                output=prediction.output,
+                error=prediction.error,
+                metrics=prediction.metrics,
+                logs=prediction.logs,
+                started_at=prediction.started_at,
+                completed_at=prediction.completed_at,
+                may_run_again=self._may_run_again,
+            )
