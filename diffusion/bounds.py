@@ -17,20 +17,20 @@ from torch import nn
 from diffusion.fused import Joined
 
 Linear = nn.Linear | Joined
-Bound = Callable[[], torch.Tensor]
-"""The bound as the weights are now: one number of float32, where they lie."""
+Bounds = Callable[[], torch.Tensor]
+"""One bound for each of the layer's input features, as the weights are now: float32, where they lie."""
 
 
-def input_bounds(denoiser: nn.Module) -> dict[Linear, Bound]:
+def input_bounds(denoiser: nn.Module) -> dict[Linear, Bounds]:
     """Those of the linear layers of stock's plain blocks that read a norm's output, or that of a gate behind one.
 
     What reads something else is not among them: attention's results, a prompt, norms that follow the time.
     """
     return {
-        layer: bound
+        layer: bounds
         for block in denoiser.modules()
         if _is_plain(block)
-        for layer, bound in _of_block(block)
+        for layer, bounds in _of_block(block)
     }
 
 
@@ -47,7 +47,7 @@ def _is_affine(norm: Any) -> bool:
     return type(norm) is nn.LayerNorm and dict(norm.named_parameters()).keys() == {"weight", "bias"}
 
 
-def _of_block(block: Any) -> Iterator[tuple[Linear, Bound]]:
+def _of_block(block: Any) -> Iterator[tuple[Linear, Bounds]]:
     attention = block.attn1
     if not attention.is_cross_attention:
         joined = getattr(attention, "to_qkv", None)
@@ -61,15 +61,15 @@ def _of_block(block: Any) -> Iterator[tuple[Linear, Bound]]:
 
 
 def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
-    """Of the numbers that leave a LayerNorm."""
-    return (_length(norm) * norm.weight.float().abs() + norm.bias.float().abs()).amax()
+    """Of the features that leave a LayerNorm."""
+    return _length(norm) * norm.weight.float().abs() + norm.bias.float().abs()
 
 
 def of_gate(norm: nn.LayerNorm, projection: nn.Linear) -> torch.Tensor:
-    """Of `h * gelu(g)`, where a projection of a norm's output is h and g side by side (GEGLU).
+    """Of the features of `h * gelu(g)`, where a projection of a norm's output is h and g side by side (GEGLU).
 
-    gelu(g) is no larger than g. The largest (a x)(b x) over all x of length r is r² (|a| |b| + |a b|) / 2, and h and g
-    are such products, plus what the norm's bias and the projection's own add.
+    gelu(g) is no further from 0 than g, and (a x)(b x) for no x of length r further than r² (|a| |b| + |a b|) / 2; h
+    and g are such products, plus what the norm's bias and the projection's own add.
     """
     length, weight = _length(norm), projection.weight.float()
     added = weight @ norm.bias.float()
@@ -80,8 +80,8 @@ def of_gate(norm: nn.LayerNorm, projection: nn.Linear) -> torch.Tensor:
     of_values, of_gates = values.norm(dim=1), gates.norm(dim=1)
     together = length**2 * (of_values * of_gates + (values * gates).sum(dim=1).abs()) / 2
     beside = length * (added_values * of_gates + added_gates * of_values)
-    largest: torch.Tensor = (together + beside + added_values * added_gates).amax()
-    return largest
+    bounds: torch.Tensor = together + beside + added_values * added_gates
+    return bounds
 
 
 def _length(norm: nn.LayerNorm) -> float:

@@ -1,11 +1,11 @@
 """Linear layers in 8-bit floats, on cards whose tensor cores compute them: twice the rate, and a little of the quality.
 
-Weights are rounded once. Inputs whose largest number is known from the weights before them (bounds.py) are scaled by
-one power of two for each layer: small numbers lose nothing by that, nobody has to look for the largest one, and neither
-company nor prompt changes how an image is rounded. Other inputs are scaled row by row as they come, so that one bright
-pixel takes nothing from the others (dynamic row-wise scaling, as in https://arxiv.org/abs/2209.05433 and torch's own
-recipes). Results are in the model's dtype. The weights stay where they are beside their rounded copies, for refreshes
-and for other models.
+Weights are rounded once. Inputs whose bounds are known from the weights before them (bounds.py) are scaled by powers
+of two, one for each feature, by which the weight that meets it is multiplied in turn: nobody has to look for the
+largest number, a feature that might become huge takes nothing from the others, and neither company nor prompt changes
+how an image is rounded. Other inputs are scaled row by row as they come, so that one bright pixel takes nothing from
+the others (dynamic row-wise scaling, as in https://arxiv.org/abs/2209.05433 and torch's own recipes). Results are in
+the model's dtype. The weights stay where they are beside their rounded copies, for refreshes and for other models.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn import functional
 
-from diffusion.bounds import Bound, Linear, input_bounds
+from diffusion.bounds import Bounds, Linear, input_bounds
 from diffusion.fused import Joined, is_plain
 
 E4M3 = torch.float8_e4m3fn
@@ -28,6 +28,12 @@ SMALLEST_SIDE = 640
 # Square ones gain little at batch 1, and what reads the prompt, of 77 rows, nothing: on an H200 1024 rows times
 # 1280x1280 took 7.5 us in bfloat16 and 6.1 in 8 bits, times 1280x10240 44 and 29, times 5120x1280 20 and 12.
 LEAST_TIMES_AS_WIDE = 2
+
+# What is bounded for exact arithmetic may have been rounded to 8 bits on its way: a gate's two factors, each of them of
+# two numbers that are a sixteenth off at most.
+ROUNDED_BEFORE = (17 / 16) ** 4
+# How far a feature's factor may be above the middle one's: weights have that room in 8 bits, and not much more.
+MOST_APART = 1024.0
 
 # An attention's layers: those that read the prompt, and those that may have been joined to one.
 OF_PROMPT = ("to_k", "to_v")
@@ -130,21 +136,25 @@ class _Float8(ABC):
 
 
 class _Bounded(_Float8):
-    """One power of two for all inputs, another one for the weight, which change nothing of a float but its exponent."""
+    """A power of two for each input feature, and one for all; of a float they change nothing but its exponent."""
 
-    def __init__(self, layer: Linear, bound: Bound) -> None:
-        self._bound = bound
+    def __init__(self, layer: Linear, bounds: Bounds) -> None:
+        self._bounds = bounds
         super().__init__(layer)
 
     def _made(self) -> tuple[torch.Tensor, ...]:
-        weight = self._layer.weight.float()
-        of_weight, of_input = _power_of_two(weight.abs().amax()), _power_of_two(self._bound())
-        # One over a power of two is exact, and a product takes a card less time than a quotient.
-        return _in_8_bits(weight / of_weight), of_weight, of_input, 1 / of_input
+        bounds = ROUNDED_BEFORE * self._bounds()
+        of_features = _powers_of_two(bounds.clamp(max=MOST_APART * bounds.median()))
+        of_inputs = _powers_of_two((bounds / of_features).amax())
+        weight = self._layer.weight.float() * of_features
+        of_weight = _powers_of_two(weight.abs().amax())
+        # One over a power of two is exact, in bfloat16 too, and a product takes a card less time than a quotient.
+        per_input = (1 / (of_features * of_inputs)).bfloat16()
+        return _in_8_bits(weight / of_weight), of_weight, of_inputs, per_input
 
     def _prepared(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        _, of_weight, of_input, per_input = self._tensors
-        return _in_8_bits(rows.float() * per_input), of_input, of_weight
+        _, of_weight, of_inputs, per_input = self._tensors
+        return _in_8_bits(rows.float() * per_input), of_inputs, of_weight
 
 
 class _ByRows(_Float8):
@@ -163,8 +173,8 @@ def _in_8_bits(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.clamp(-LARGEST, LARGEST).to(E4M3)
 
 
-def _power_of_two(largest: torch.Tensor) -> torch.Tensor:
-    """The least one that takes numbers up to the largest into the range of 8 bits."""
+def _powers_of_two(largest: torch.Tensor) -> torch.Tensor:
+    """What to divide numbers by for them to fit into 8 bits, each up to its largest: at most twice what is needed."""
     ratio = largest.float().clamp(min=1e-30) / LARGEST
     return ratio / torch.frexp(ratio).mantissa
 

@@ -23,8 +23,8 @@ Batch = Mapping[str, torch.Tensor]
 # Libraries choose algorithms and take their workspaces in the first calls, which must not be part of a graph.
 CALLS_BEFORE_RECORDING = 2
 
-# Loading a compiled kernel waits for the whole card, which a recording does not survive, nor lets happen: whichever
-# thread it is on. So one of both at a time, over all engines of a process.
+# Loading a compiled kernel waits for the whole card, which a recording neither lets happen nor survives, whichever
+# thread it is on. So who loads some beside requests, and who records, do it one at a time.
 one_records_or_loads = threading.Lock()
 
 

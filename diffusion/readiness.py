@@ -103,7 +103,10 @@ class Readiness:
         """Other parts have taken the model's place: what was ready of the ones before is of no use. Never waits."""
         self._stop_rehearsing.set()
         self._learned.clear()
-        rest = self._later(self._sizes())
+        sizes, native = self._sizes(), (self._native_size,) * 2
+        # Most requests are for this one, and compiled code takes a while to read.
+        self._begin_with(self._later([size for size in sizes if size == native]))
+        rest = self._later([size for size in sizes if size != native])
         if self._rehearses:
             self._take_up(then=rest)
         else:
@@ -149,11 +152,14 @@ class Readiness:
 
     def _chore(self, what: What, *, learn: bool) -> Future[None]:
         """Have it made ready once there is no request: compiled where it is to be, or as it is."""
-        plan, together = self._plan(what), what[2]
-        work = self._learn if learn else self._loop.record
-        done = self._loop.when_idle(partial(work, plan, together))
+        done = self._loop.when_idle(partial(self._make_ready, what, learn=learn))
         done.add_done_callback(partial(_log_failure, what))
         return done
+
+    def _make_ready(self, what: What, *, learn: bool) -> None:
+        """Raises RequestError for a size that another version has taken out of reach."""
+        plan, together = self._plan(what), what[2]
+        (self._learn if learn else self._loop.record)(plan, together)
 
     def _plan(self, what: What) -> Plan:
         width, height, _ = what
@@ -185,7 +191,7 @@ class Readiness:
 
     def _rehearse_all(self, first: Later, then: Later, stopped: threading.Event) -> None:
         for what, waiting in first.items():
-            if stopped.is_set():
+            if stopped.is_set() or not waiting.set_running_or_notify_cancel():
                 waiting.cancel()
                 continue
             began = time.perf_counter()
@@ -244,14 +250,15 @@ class Readiness:
             full = False
             try:
                 # Building a pipeline patches torch for all threads; neither may see the other half done.
-                with one_refresh_at_a_time, one_records_or_loads:
+                with one_refresh_at_a_time:
                     call.make()
             except Exception as error:  # noqa: BLE001 - it is only about speed, and the caller tells
                 failure = first_line(error)
                 full = isinstance(error, RuntimeError) and ran_out_of_memory(error)
             if not full:
                 return failure
-            torch.cuda.empty_cache()
+            with one_records_or_loads:
+                torch.cuda.empty_cache()
         refused = self._loop.soon(call.make).exception()
         return None if refused is None else first_line(refused)
 
@@ -279,7 +286,7 @@ def _log_reason(what: What, reason: str) -> None:
 
 def _pass_on(waiting: Future[None], done: Future[None]) -> None:
     """Whatever became of it, whoever waits need not any more."""
-    if done.cancelled():
+    if done.cancelled() or not waiting.set_running_or_notify_cancel():
         waiting.cancel()
     elif (error := done.exception()) is not None:
         waiting.set_exception(error)

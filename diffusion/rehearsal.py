@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from diffusion.graphs import one_records_or_loads
 from diffusion.regions import Region
 
 # Graphs of one function: kinds of blocks, times token counts, times batches. torch's own limit of 8 is there to notice
@@ -49,10 +50,11 @@ class Call:
     arguments: Any
 
     def make(self) -> None:
-        """Have the compiled code for it ready in this process. Raises whatever compiling does."""
+        """Have the compiled code for it ready in this process, while nobody records. Raises whatever compiling does."""
         from torch._dynamo import config
 
-        with torch.inference_mode(), config.patch(recompile_limit=MOST_GRAPHS):
+        recompile = config.patch(recompile_limit=MOST_GRAPHS)
+        with one_records_or_loads, torch.inference_mode(), recompile:
             # Inside too: tensors made elsewhere are of another kind, which code is compiled for anew.
             arguments, named = _pytree.tree_map_only(_Tensor, _Tensor.made, self.arguments)
             self.region.run_compiled(*arguments, **named)

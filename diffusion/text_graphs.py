@@ -1,6 +1,7 @@
 """Text encoders as CUDA graphs: some 500 launches for a prompt, which a card does faster than a host can ask for them.
 
-Stock pipelines pad every prompt to the same length, so that each encoder needs one graph, recorded at its first prompt.
+Stock pipelines pad every prompt to the same length, so that each encoder needs one graph, recorded at its first prompt
+while no compiled code is loaded.
 """
 
 import weakref

@@ -159,6 +159,38 @@ def test_other_sizes_are_recorded_once_all_is_read_and_nothing_while_something_i
     assert others == [(WIDE, False)]
 
 
+def test_the_native_size_of_a_new_version_does_not_wait_for_that(model, compiler):
+    engine = engine_of(model, SQUARE, WIDE)
+    engine.warm_up()
+    wait(engine)
+    reading, read = compiler.held()
+    torch._dynamo.reset()
+
+    engine._readiness.begin_again()
+    native, *others = engine.getting_ready
+    assert reading.wait(60)
+    native.result(60)
+    assert not any(one.done() for one in others)
+    read.set()
+    wait(engine)
+
+    assert engine.compiled == {SQUARE, WIDE}
+
+
+def test_a_size_out_of_reach_keeps_nobody_waiting(model, compiler, caplog):
+    engine = engine_of(model, SQUARE, (4096, 64))
+
+    with caplog.at_level("INFO", logger="diffusion"):
+        engine.warm_up()
+        waiting = engine.getting_ready
+        for one in waiting:
+            one.exception(120)
+
+    assert engine.getting_ready == ()
+    assert engine.compiled == {SQUARE}
+    assert "Not made ready, and slower the first time: 1 of 4096x64" in caplog.text
+
+
 def test_what_is_refused_leaves_the_plain_path_and_one_line(model, plain, compiler, caplog):
     compiler.refuses = "the published artifacts do not have it"
     engine = engine_of(model, SQUARE)
