@@ -2,10 +2,11 @@
 
 Weights are rounded once. Inputs whose bounds are known from the weights before them (bounds.py) are scaled by powers
 of two, one for each feature, by which the weight that meets it is multiplied in turn: nobody has to look for the
-largest number, a feature that might become huge takes nothing from the others, and neither company nor prompt changes
-how an image is rounded. Other inputs are scaled row by row as they come, so that one bright pixel takes nothing from
-the others (dynamic row-wise scaling, as in https://arxiv.org/abs/2209.05433 and torch's own recipes). Results are in
-the model's dtype. The weights stay where they are beside their rounded copies, for refreshes and for other models.
+largest number, a feature that might become some thousand times as large takes nothing from the others, and neither
+company nor prompt changes how an image is rounded. Other inputs are scaled row by row as they come, so that one bright
+pixel takes nothing from the others (dynamic row-wise scaling, as in https://arxiv.org/abs/2209.05433 and torch's own
+recipes). Results are in the model's dtype. The weights stay where they are beside their rounded copies, for refreshes
+and for other models.
 """
 
 from abc import ABC, abstractmethod
@@ -30,9 +31,9 @@ SMALLEST_SIDE = 640
 LEAST_TIMES_AS_WIDE = 2
 
 # What is bounded for exact arithmetic may have been rounded to 8 bits on its way: a gate's two factors, each of them of
-# two numbers that are a sixteenth off at most.
+# two numbers that are about a sixteenth off at most. Where that is not enough, the largest is cut off.
 ROUNDED_BEFORE = (17 / 16) ** 4
-# How far a feature's factor may be above the middle one's: weights have that room in 8 bits, and not much more.
+# How far the largest feature's factor may be above any other's: weights have that room in 8 bits, and not much more.
 MOST_APART = 1024.0
 
 # An attention's layers: those that read the prompt, and those that may have been joined to one.
@@ -136,7 +137,7 @@ class _Float8(ABC):
 
 
 class _Bounded(_Float8):
-    """A power of two for each input feature, and one for all; of a float they change nothing but its exponent."""
+    """A power of two for each input feature, and one for the weight: they change a float's exponent alone."""
 
     def __init__(self, layer: Linear, bounds: Bounds) -> None:
         self._bounds = bounds
@@ -144,17 +145,16 @@ class _Bounded(_Float8):
 
     def _made(self) -> tuple[torch.Tensor, ...]:
         bounds = ROUNDED_BEFORE * self._bounds()
-        of_features = _powers_of_two(bounds.clamp(max=MOST_APART * bounds.median()))
-        of_inputs = _powers_of_two((bounds / of_features).amax())
-        weight = self._layer.weight.float() * of_features
+        of_inputs = _powers_of_two(bounds.clamp(min=bounds.amax() / MOST_APART))
+        weight = self._layer.weight.float() * of_inputs
         of_weight = _powers_of_two(weight.abs().amax())
         # One over a power of two is exact, in bfloat16 too, and a product takes a card less time than a quotient.
-        per_input = (1 / (of_features * of_inputs)).bfloat16()
-        return _in_8_bits(weight / of_weight), of_weight, of_inputs, per_input
+        per_input = (1 / of_inputs).bfloat16()
+        return _in_8_bits(weight / of_weight), of_weight, per_input, torch.ones_like(of_weight)
 
     def _prepared(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        _, of_weight, of_inputs, per_input = self._tensors
-        return _in_8_bits(rows.float() * per_input), of_inputs, of_weight
+        _, of_weight, per_input, one = self._tensors
+        return _in_8_bits(rows.float() * per_input), one, of_weight
 
 
 class _ByRows(_Float8):

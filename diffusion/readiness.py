@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Iterable, Mapping
+from concurrent.futures import CancelledError, Future, wait
 from functools import partial
 
 import torch
@@ -93,9 +93,9 @@ class Readiness:
                     len(at_once),
                     time.perf_counter() - started,
                 )
-        rest = self._later(sizes, but=at_once)
+        rest = self._later(what for what in self._in_batches(sizes) if what not in at_once)
         if self._rehearses and not compiles_here:
-            self._take_up(then=rest)
+            self._take_up(before={}, then=rest)
         else:
             self._begin_with(rest)
 
@@ -103,14 +103,14 @@ class Readiness:
         """Other parts have taken the model's place: what was ready of the ones before is of no use. Never waits."""
         self._stop_rehearsing.set()
         self._learned.clear()
-        sizes, native = self._sizes(), (self._native_size,) * 2
-        # Most requests are for this one, and compiled code takes a while to read.
-        self._begin_with(self._later([size for size in sizes if size == native]))
-        rest = self._later([size for size in sizes if size != native])
+        whats, native = self._in_batches(self._sizes()), (self._native_size, self._native_size, 1)
+        # Most requests are for this one, and it is some seconds until compiled code takes over.
+        first = self._later(what for what in whats if what == native)
+        rest = self._later(what for what in whats if what != native)
         if self._rehearses:
-            self._take_up(then=rest)
+            self._take_up(before=first, then=rest)
         else:
-            self._begin_with(rest)
+            self._begin_with({**first, **rest})
 
     def stop(self) -> None:
         """End the thread that reads code after what it is at, and wait for that.
@@ -136,23 +136,24 @@ class Readiness:
     def _in_batches(self, sizes: Iterable[tuple[int, int]]) -> list[What]:
         return [(*size, together) for size in sizes for together in range(1, self._most + 1)]
 
-    def _later(self, sizes: Iterable[tuple[int, int]], but: Sequence[What] = ()) -> Later:
-        """What is left of the sizes, for `_begin_with`; it can be waited for from now on."""
-        later = {what: Future[None]() for what in self._in_batches(sizes) if what not in but}
+    def _later(self, whats: Iterable[What]) -> Later:
+        """For `_begin_with`; they can be waited for from now on."""
+        later = {what: Future[None]() for what in whats}
         for waiting in later.values():
             self._waiting.append(waiting)
             # Nobody asks for what is done.
             waiting.add_done_callback(self._waiting.remove)
         return later
 
-    def _begin_with(self, later: Later) -> None:
+    def _begin_with(self, later: Later, *, soon: bool = False) -> None:
         for what, waiting in later.items():
-            chore = self._chore(what, learn=not self._rehearses)
+            chore = self._chore(what, learn=not self._rehearses, soon=soon)
             chore.add_done_callback(partial(_pass_on, waiting))
 
-    def _chore(self, what: What, *, learn: bool) -> Future[None]:
-        """Have it made ready once there is no request: compiled where it is to be, or as it is."""
-        done = self._loop.when_idle(partial(self._make_ready, what, learn=learn))
+    def _chore(self, what: What, *, learn: bool, soon: bool = False) -> Future[None]:
+        """Have it made ready, compiled where it is to be or as it is: once there is no request, or before the next."""
+        add = self._loop.soon if soon else self._loop.when_idle
+        done = add(partial(self._make_ready, what, learn=learn))
         done.add_done_callback(partial(_log_failure, what))
         return done
 
@@ -174,23 +175,30 @@ class Readiness:
 
     # Compiled code, on a card
 
-    def _take_up(self, then: Later) -> None:
-        """Have compiled code read on a thread of its own, and used from then on; and then begin with the rest."""
+    def _take_up(self, *, before: Later, then: Later) -> None:
+        """Have compiled code read on a thread of its own, and used from then on.
+
+        Nothing can be recorded while something is read: so some is `before` that, and the rest after it.
+        """
         sizes = sorted(self._compiling.sizes)
         if not sizes:
-            self._begin_with(then)
+            self._begin_with({**before, **then})
             return
+        self._begin_with(before, soon=True)
         self._stop_rehearsing = threading.Event()
         self._thread = threading.Thread(
             target=self._rehearse_all,
-            args=(self._later(sizes), then, self._stop_rehearsing),
+            args=(before, self._later(self._in_batches(sizes)), then, self._stop_rehearsing),
             name="rehearsal",
             daemon=True,
         )
         self._thread.start()
 
-    def _rehearse_all(self, first: Later, then: Later, stopped: threading.Event) -> None:
-        for what, waiting in first.items():
+    def _rehearse_all(
+        self, before: Later, these: Later, then: Later, stopped: threading.Event
+    ) -> None:
+        wait(before.values())
+        for what, waiting in these.items():
             if stopped.is_set() or not waiting.set_running_or_notify_cancel():
                 waiting.cancel()
                 continue

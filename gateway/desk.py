@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -92,6 +92,7 @@ class Desk:
         self.draining = False
         self._live: dict[str, Run] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._recorded_later: set[str] = set()
         self._inputs: tuple[int, Inputs] | None = None
         self._told: dict[tuple[str, str | None], None] = {}
         self._looks = 0
@@ -257,8 +258,8 @@ class Desk:
         return (prediction_id, iso(completed_at)) in self._told
 
     def has(self, prediction_id: str) -> bool:
-        """Whether it is under way here."""
-        return prediction_id in self._live
+        """Whether it is under way here, its recording included."""
+        return prediction_id in self._live or prediction_id in self._recorded_later
 
     def would_join(self, prediction_id: str) -> bool:
         """Whether who asks for it now gets one that is under way for somebody else."""
@@ -280,6 +281,18 @@ class Desk:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def record_later(self, prediction_id: str, recording: Coroutine[Any, Any, None]) -> None:
+        """Go on with what the bucket has not taken so far; the sweep leaves it alone meanwhile."""
+
+        async def record() -> None:
+            try:
+                await recording
+            finally:
+                self._recorded_later.discard(prediction_id)
+
+        self._recorded_later.add(prediction_id)
+        self.in_background(record())
 
     def _start(self, run: Run) -> None:
         self._live[run.prediction.id] = run

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from gateway.desk import Desk
 
 PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
-LATER_EVERY_S = 10.0
+# All in all less than what others wait before they end what nobody has come back for (sweep.py).
+LATER_PAUSES_S = (5.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 
 _log = logging.getLogger(__name__)
 
@@ -47,19 +48,27 @@ class Recording:
         return False
 
     async def later(self, then: Callable[[], None]) -> None:
-        """Go on until it is, or another has the prediction and makes it anew. `then` is for what others may rely on."""
-        while True:
-            await asyncio.sleep(LATER_EVERY_S)
+        """Go on for some minutes, until it is. `then` is for what may be told of an end that is recorded.
+
+        After that, as when another has the prediction meanwhile, it is made anew, or ended, by whoever looks for it.
+        """
+        for pause in LATER_PAUSES_S:
+            await asyncio.sleep(pause)
             try:
                 await self._write()
             except LostLeaseError as error:
                 _log.warning("%s", error)
                 return
-            except ImagesError:
-                continue
-            break
-        _log.info("the result is recorded after all")
-        then()
+            except ImagesError as error:
+                problem_met = error
+            except Exception:  # noqa: BLE001 - nobody waits for this task, who could tell
+                _log.exception("unexpected error; the result is not recorded")
+                return
+            else:
+                _log.info("the result is recorded after all")
+                then()
+                return
+        _log.error("the result is not recorded, and would be made again: %s", problem_met)
 
     async def _write(self) -> None:
         prediction = self._prediction

@@ -117,10 +117,9 @@ class Run:
                 prediction.refuse(refused)
             except ImagesError as error:
                 prediction.refuse(self._desk.bucket_refused(error))
-            except (
-                asyncio.CancelledError
-            ):  # this server's time is over, and what came of it is not recorded
-                self._ask_again()
+            except asyncio.CancelledError:  # this server's time is over
+                if not self._is_recorded:
+                    self._ask_again()
                 raise
             except Exception:  # noqa: BLE001 - whoever waits is told, whatever it was
                 _log.exception("unexpected error")
@@ -429,7 +428,7 @@ class Run:
             await self._what_is_recorded()
             return
         if not self._is_recorded:  # its caller has waited for it, and gets it all the same
-            self._desk.in_background(recording.later(then=self._tell_end))
+            self._desk.record_later(self.prediction.id, recording.later(then=self._tell_end))
 
     def _tell_end(self) -> None:
         if self.prediction.refusal is None:

@@ -147,6 +147,18 @@ class TestFloat8:
         assert not torch.equal(found, expected)
         assert (found - expected).norm() / expected.norm() < 0.06
 
+    @pytest.mark.parametrize("dead", [1, WIDTH // 2 + 1, WIDTH])
+    def test_features_that_are_always_0_leave_the_others_as_they_are(self, block, layers, dead):
+        block.norm3.weight[:dead] = block.norm3.bias[:dead] = 0.0
+        layers.refresh()
+        inputs = torch.randn(2, 9, WIDTH)
+        expected = block.ff(block.norm3(inputs))
+
+        layers.switch(on=True)
+        found = block.ff(block.norm3(inputs))
+
+        assert (found - expected).norm() / expected.norm() < 0.06
+
     @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
     def test_a_row_is_the_same_whatever_others_there_are(self, block, layers, scale):
         layers.switch(on=True)

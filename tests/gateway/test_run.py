@@ -251,11 +251,17 @@ def test_an_end_that_is_not_recorded_before_the_server_s_is_told_to_nobody(
     run(test)
 
 
-def test_a_result_that_the_bucket_does_not_take_in_time_is_recorded_later_and_told_then(
-    s3: EmbeddedS3, bucket: str, records: BlockingRecords, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bucket_recovers", [True, False])
+def test_a_result_that_the_bucket_does_not_take_in_time_is_told_once_it_does(
+    s3: EmbeddedS3,
+    bucket: str,
+    records: BlockingRecords,
+    monkeypatch: pytest.MonkeyPatch,
+    bucket_recovers: bool,
 ) -> None:
     monkeypatch.setattr(gateway_recording, "PAUSES_S", (0.0, 0.0))
-    monkeypatch.setattr(gateway_recording, "LATER_EVERY_S", 0.05)
+    later = (0.05,) * 1000 if bucket_recovers else (0.0, 0.05)
+    monkeypatch.setattr(gateway_recording, "LATER_PAUSES_S", later)
     begin = asyncio.Event()
 
     async def once_told(writer: asyncio.StreamWriter) -> None:
@@ -274,14 +280,19 @@ def test_a_result_that_the_bucket_does_not_take_in_time_is_recorded_later_and_to
             try:
                 await prediction.ended()
                 assert prediction.answer()["status"] == "succeeded"
+                assert desk.has("kept")  # the sweep is not to make it anew
+                if not bucket_recovers:
+                    await until(lambda: not desk.has("kept"))
                 assert not record_of(records, "kept").finished
                 assert hooks.messages == []
             finally:
                 s3.clear_faults()
-            await until(lambda: hooks.messages)
-            assert record_of(records, "kept").status == "succeeded"
-            (message,) = hooks.messages
-            assert message.answer["output"] == ["a"]
+            if bucket_recovers:
+                await until(lambda: hooks.messages)
+                assert record_of(records, "kept").status == "succeeded"
+                (message,) = hooks.messages
+                assert message.answer["output"] == ["a"]
+                await until(lambda: not desk.has("kept"))
 
     with receiver() as hooks:
         run(lambda: test(hooks))
