@@ -5,19 +5,19 @@ Bodies and statuses are Cog's (0.23). What a prediction goes through is the desk
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from gateway.addresses import AddressRefused, Guard
 from gateway.callers import Callers
 from gateway.desk import Desk, Wanted
 from gateway.event_stream import CONTENT_TYPE, asks_for_events
-from gateway.keys import KeyName
 from gateway.refusals import Refused, problem, wrong_input
 from gateway.schemas import answered, requested
 from gateway.waiting import stream, until_end
@@ -26,6 +26,12 @@ from images.prediction import Webhook
 from images.records import PLACE
 
 MOST_LISTED = 100
+
+_BY_ID = {
+    "parameters": [
+        {"name": "prediction_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    ]
+}
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -101,16 +107,27 @@ def prefers(request: Request) -> dict[str, str]:
     return asked
 
 
+class _Direct(APIRoute):
+    """Gives the request to its endpoint as it came: what it depends on (its caller's key), the endpoint asks itself.
+
+    `dependencies` of such a route are written into the document, and never run. FastAPI's own way there takes 0.4 ms
+    of the 5 that the gateway may take for a prediction (2 cores of 2026).
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
+
+
 def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
     """The routes."""
     router = APIRouter()
-    spend = Depends(callers.spend)
-    asks = requested("PredictionRequest")
     predicted = answered(HTTPStatus.OK, "PredictionResponse", also=CONTENT_TYPE) | answered(
         HTTPStatus.ACCEPTED, "PredictionResponse"
     )
 
-    async def predict(request: Request, caller: KeyName | None, given_id: str | None) -> Response:
+    async def predict(request: Request) -> Response:
+        caller = await callers.spend(request)
+        given_id = request.path_params.get("prediction_id")
         asked = await read_as(request, PredictionRequest)
         if given_id is not None and asked.id not in (None, given_id):
             raise wrong_input(problem("prediction ID must match the ID supplied in the URL", "id"))
@@ -137,22 +154,20 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
         goes_on = prediction.completed_at is None  # elsewhere, as this server stops
         return JSONResponse(prediction.answer(), HTTPStatus.ACCEPTED if goes_on else HTTPStatus.OK)
 
-    @router.post(
-        "/predictions", summary="Make a prediction", openapi_extra=asks, responses=predicted
-    )
-    async def create(request: Request, caller: Annotated[KeyName | None, spend]) -> Response:
-        return await predict(request, caller, None)
-
-    @router.put(
-        "/predictions/{prediction_id:path}",
-        summary="Make a prediction of this id, once",
-        openapi_extra=asks,
-        responses=predicted,
-    )
-    async def create_once(
-        request: Request, caller: Annotated[KeyName | None, spend], prediction_id: str
-    ) -> Response:
-        return await predict(request, caller, prediction_id)
+    for path, method, summary, more in (
+        ("/predictions", "POST", "Make a prediction", {}),
+        ("/predictions/{prediction_id:path}", "PUT", "Make a prediction of this id, once", _BY_ID),
+    ):
+        router.add_api_route(
+            path,
+            predict,
+            methods=[method],
+            summary=summary,
+            dependencies=[Depends(callers.spend)],
+            openapi_extra=requested("PredictionRequest") | more,
+            responses=predicted,
+            route_class_override=_Direct,
+        )
 
     @router.post(
         "/predictions/{prediction_id:path}/cancel",

@@ -11,11 +11,11 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
 
+from gateway.cog_folders import CogFolders
 from gateway.event_stream import CONTENT_TYPE, Event, EventReader
 from gateway.inputs import Inputs
 from gateway.refusals import wrong_input
@@ -25,11 +25,8 @@ from images.prediction import record_name
 # told as started, and as failed.
 _WORKER_CRASHED = "Worker crashed"
 _NEVER_SENT = "Failed to send request: "
-# Where it makes folders for each prediction, whatever TMPDIR says.
-COGS_FOLDERS = Path("/tmp/coglet/predictions")  # noqa: S108
-# Removing them takes half a millisecond, while the caller's answer is on its way.
-CLEAR_AWAY_AFTER_S = 0.1
-CLEAR_AWAY_LATER_S = 5.0
+# After a prediction its caller waits for its record. By then that is on its way.
+FREE_AFTER_S = 0.001
 LAST_BYTES_S = 1.0
 CONNECT_S = 10.0
 DOCUMENT_S = 10.0
@@ -78,7 +75,12 @@ class CogClient:
     def __init__(self, cog: Cog, session: aiohttp.ClientSession) -> None:
         self._cog = cog
         self._session = session
-        self._tidying: set[asyncio.Task[None]] = set()
+        self._folders = CogFolders()
+        self._freeing: set[asyncio.Task[None]] = set()
+
+    def close(self) -> None:
+        """Clear away what is left of the predictions, with Cog's server gone."""
+        self._folders.close()
 
     async def predict(
         self, prediction_id: str, given: dict[str, Any], context: dict[str, Any] | None = None
@@ -94,6 +96,7 @@ class CogClient:
         body: dict[str, Any] = {"id": name, "input": given}
         if context:
             body["context"] = context
+        self._folders.use(name)
         try:
             answer = await self._session.put(
                 f"{self._cog.address}/predictions/{name}",
@@ -123,12 +126,11 @@ class CogClient:
                 f"Cog's server broke off ({type(error).__name__}: {error})"
             ) from error
         finally:
-            if answer is not None and not is_over:
+            if answer is not None and is_over:
+                asyncio.get_running_loop().call_later(FREE_AFTER_S, self._soon_free, answer)
+            elif answer is not None:
                 answer.close()
-            # Its caller is not to wait for that.
-            tidying = asyncio.create_task(_tidy(name, answer if is_over else None))
-            self._tidying.add(tidying)
-            tidying.add_done_callback(self._tidying.discard)
+            self._folders.leave(name)
 
     async def document(self) -> dict[str, Any] | None:
         """Cog's OpenAPI document; None while it has none. Raises CogLostError."""
@@ -148,6 +150,11 @@ class CogClient:
     async def inputs(self) -> Inputs:
         """What the model takes. Raises CogLostError."""
         return Inputs(await self.document() or {})
+
+    def _soon_free(self, answer: aiohttp.ClientResponse) -> None:
+        freeing = asyncio.create_task(_free(answer))
+        self._freeing.add(freeing)
+        freeing.add_done_callback(self._freeing.discard)
 
     def _check_worker(self, completed: Event) -> None:
         """Raises CogLostError where it is not the prediction that failed."""
@@ -177,29 +184,14 @@ class CogClient:
                 return CogLostError(f"Cog's server answered with {status}: {text}")
 
 
-async def _tidy(name: str, answer: aiohttp.ClientResponse | None) -> None:
-    """After a prediction, and after its `answer` where that was heard to its last event."""
-    if answer is not None:
-        try:
-            async with asyncio.timeout(LAST_BYTES_S):
-                await answer.content.read()  # no event: then the connection may be used again
-        except (aiohttp.ClientError, OSError):
-            pass
-        answer.release()
-    # Later where it did not end: Cog may not have made them yet.
-    after = CLEAR_AWAY_LATER_S if answer is None else CLEAR_AWAY_AFTER_S
-    asyncio.get_running_loop().call_later(after, _clear_away, name)
-
-
-def _clear_away(name: str) -> None:
-    """Cog makes folders for each prediction and leaves them there, which fills a disk in the end.
-
-    Only empty ones go: the Runner gives out URLs, and no files.
-    """
-    folder = COGS_FOLDERS / name
-    for path in (folder / "inputs", folder / "outputs", folder):
-        with suppress(OSError):
-            path.rmdir()
+async def _free(answer: aiohttp.ClientResponse) -> None:
+    """Read it to its end, so that its connection may be used again."""
+    try:
+        async with asyncio.timeout(LAST_BYTES_S):
+            await answer.content.read()
+    except (aiohttp.ClientError, OSError):
+        pass
+    answer.release()
 
 
 def _socket_of(answer: aiohttp.ClientResponse) -> socket.socket | None:

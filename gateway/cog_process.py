@@ -5,6 +5,7 @@ meanwhile is the door's business; it reads `status` and awaits `wait_for_change`
 """
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
+import aiohttp
 
 from gateway.child import Child, GroupOutlivesKillError
 from gateway.cog_health import Condition, Health, Setup, read_health
@@ -47,9 +48,8 @@ class CogProcess:
     """Cog's server, kept running: `run()` in a task of its own, `status` and `wait_for_change` for everybody else.
 
     Args:
-        client: for the health checks alone. Callers who share it could take all its connections, and an answer that
-            waits for one is taken for a silent server. It should be made with `trust_env=False`: no proxy leads to
-            loopback.
+        session: for the health checks, with as many connections as are asked for (`cog_client.new_session`): an answer
+            that waits for one is taken for a silent server.
         port: on 127.0.0.1; without one, a free one for each life.
         environment: what Cog sees; without it, our own. PORT and PATH are set on top, the runner and a limit for the
             setup where they are missing.
@@ -58,7 +58,7 @@ class CogProcess:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        session: aiohttp.ClientSession,
         *,
         port: int | None = None,
         environment: Mapping[str, str] | None = None,
@@ -66,7 +66,7 @@ class CogProcess:
         command: Sequence[str] = COMMAND,
         patience: Patience | None = None,
     ) -> None:
-        self._client = client
+        self._session = session
         self._given_port = port
         self._port = port or 0
         self._environment = dict(os.environ if environment is None else environment)
@@ -204,7 +204,7 @@ class CogProcess:
             self._look.clear()
             try:
                 health = await self._ask()
-            except (httpx.HTTPError, TimeoutError, ValueError) as error:
+            except (aiohttp.ClientError, OSError, ValueError) as error:
                 silences += 1
                 # Twice, so that a moment in which we ourselves stood still is not held against it.
                 if silences > 1 and now() - last_answer > allowed:
@@ -228,13 +228,13 @@ class CogProcess:
             )
 
     async def _ask(self) -> Health:
-        """One health check. Raises httpx.HTTPError, TimeoutError or ValueError where there is no sensible answer."""
-        # The client's own limit counts from byte to byte.
-        async with asyncio.timeout(self._patience.answer_within_s):
-            response = await self._client.get(
-                f"{self.address}/health-check", timeout=self._patience.answer_within_s
-            )
-        health = read_health(response.json())
+        """One health check. Raises aiohttp.ClientError, OSError (TimeoutError) or ValueError where there is no sensible
+        answer."""
+        async with (
+            asyncio.timeout(self._patience.answer_within_s),
+            self._session.get(f"{self.address}/health-check", allow_redirects=False) as answer,
+        ):
+            health = read_health(json.loads(await answer.read()))
         if health.condition is Condition.WORKER_SLOW:
             raise TimeoutError(health.explanation)
         return health

@@ -22,8 +22,7 @@ from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level, add_
 Format = Literal["json", "text"]
 _Line = MutableMapping[str, Any]
 
-# `python -m gateway` is "__main__" to the standard library.
-_TALKATIVE = ("gateway", "images", "s3", "uvicorn", "__main__")
+_TALKATIVE = ("gateway", "images", "s3", "uvicorn")
 
 # A net below the care that messages are written with: keys of callers, tokens, and what makes a URL presigned.
 _SECRETS = re.compile(
@@ -65,7 +64,7 @@ def configure(format: Format, stream: TextIO | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.INFO)
-    # Its lines are metrics here; and httpx tells of each health check, at INFO.
+    # Its lines are metrics here; and httpx tells of each webhook, at INFO.
     for name in ("uvicorn.access", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):

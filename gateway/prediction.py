@@ -44,7 +44,7 @@ class Prediction:
         self.take(record)
         self._events: list[Event] = []
         self._changed = asyncio.Event()
-        self._ended = False
+        self._over = asyncio.Event()
 
     def take(self, record: PredictionRecord) -> None:
         """Be what a record says."""
@@ -65,14 +65,14 @@ class Prediction:
     @property
     def finished(self) -> bool:
         """Nothing of it changes any more, and what there is to record is recorded, unless the bucket would not."""
-        return self._ended
+        return self._over.is_set()
 
     def answer(self) -> dict[str, Any]:
         """What Cog answers of a prediction, and its times. Fields that have no value yet are left out, as Cog does.
 
         Until what came of it is recorded it goes on: were this gateway to die now, another would make it anew.
         """
-        if self._under_way is not None and not self._ended:
+        if self._under_way is not None and not self.finished:
             return dict(self._under_way)
         told: dict[str, Any] = {
             "id": self.id,
@@ -115,7 +115,7 @@ class Prediction:
         completed_at: datetime | None = None,
     ) -> None:
         """Note what came of it; nobody is told before `end`, and nothing changes after it."""
-        if self._ended:
+        if self.finished:
             return
         if self._under_way is None:
             self._under_way = self.answer()
@@ -139,17 +139,16 @@ class Prediction:
 
     def end(self) -> None:
         """Tell everybody who waits. Safe to call again. What goes on elsewhere ends here without `completed`."""
-        if self._ended:
+        if self.finished:
             return
-        self._ended = True
+        self._over.set()
         if self.completed_at is None:
             self._wake()
         else:
             self._publish(Event("completed", self.answer()))
 
     async def ended(self) -> None:
-        while not self._ended:
-            await self._changed.wait()
+        await self._over.wait()
 
     async def events(self) -> AsyncIterator[Event]:
         """From the first on, and then as they happen; ends after `completed`."""
@@ -159,7 +158,7 @@ class Prediction:
                 event = self._events[told]
                 told += 1
                 yield event
-            if self._ended:
+            if self.finished:
                 return
             await self._changed.wait()
 

@@ -132,12 +132,14 @@ class Run:
     async def _through(self) -> None:
         if self._claimed is None and not await self._claim():
             return
+        if self._leaving is None:  # before what goes on beside it, for which nobody waits
+            self._work = asyncio.create_task(self._generate())
         self._settled.set()
         entering = asyncio.create_task(self._enter_meanwhile())
         keeping = asyncio.create_task(self._keep())
         try:
             try:
-                refused = await self._work_through()
+                refused = await self._generated()
             finally:
                 self._heard.set()
             if self._claiming is not None:
@@ -157,9 +159,9 @@ class Run:
     async def _claim(self) -> bool:
         """Whether it is this gateway's to generate; if not, the prediction is what the record says."""
         record = self.prediction.record
-        claiming = asyncio.create_task(self._desk.ledger.claim(record))
+        claiming = self._desk.ledger.claim(record)
         if self._is_new and not self.prediction.background:
-            self._claiming = claiming
+            self._claiming = asyncio.create_task(claiming)
             return True
         found = await claiming
         if isinstance(found, Existing):
@@ -281,26 +283,27 @@ class Run:
 
     # Its generation.
 
-    async def _work_through(self) -> Refused | None:
-        """Wait in line and generate, until that is done or left. A Refused is what Cog said of the input."""
-        if self._leaving is None:
-            work = self._work = asyncio.create_task(self._generate())
-            try:
-                done, _ = await asyncio.wait({work}, timeout=self._desk.prediction_seconds)
-                if not done:
-                    self.leave(Leaving.TOO_LONG)
-                    await asyncio.wait({work})
-            finally:
-                work.cancel()
-                self._leave_line()
-            if not work.cancelled() and (failure := work.exception()) is not None:
-                if isinstance(failure, Refused):
-                    return failure
-                if isinstance(failure, _StoppedError):
-                    self._leaving = Leaving.STOPPING
-                else:  # it is recorded as what its callers are told: nobody is to make it again
-                    _log.error("unexpected error", exc_info=failure)
-                    self.prediction.finish("failed", error=_MISTAKE)
+    async def _generated(self) -> Refused | None:
+        """Wait until it is generated, or left. A Refused is what Cog said of the input."""
+        work = self._work
+        if work is None:
+            return None
+        try:
+            done, _ = await asyncio.wait({work}, timeout=self._desk.prediction_seconds)
+            if not done:
+                self.leave(Leaving.TOO_LONG)
+                await asyncio.wait({work})
+        finally:
+            work.cancel()
+            self._leave_line()
+        if not work.cancelled() and (failure := work.exception()) is not None:
+            if isinstance(failure, Refused):
+                return failure
+            if isinstance(failure, _StoppedError):
+                self._leaving = Leaving.STOPPING
+            else:  # it is recorded as what its callers are told: nobody is to make it again
+                _log.error("unexpected error", exc_info=failure)
+                self.prediction.finish("failed", error=_MISTAKE)
         return None
 
     async def _generate(self) -> None:

@@ -282,22 +282,25 @@ class RecordStore:
     def _claimed_by_me(
         self, found: PredictionRecord, lease_seconds: float, asked: PredictionRecord
     ) -> PredictionRecord:
-        return found.changed(
-            owner=self.owner,
-            claim=secrets.token_hex(16),
-            attempts=found.attempts + 1,
-            lease_seconds=lease_seconds,
-            status="starting",
-            output=None,
-            error=None,
-            metrics={},
-            logs="",
-            started_at=None,
-            completed_at=None,
-            webhook=asked.webhook or found.webhook,
-            background=asked.background or found.background,
-            cancel_requested=found.cancel_requested and not found.finished,
-            may_run_again=False,
+        # Not checked again: `found` was, and the rest is of our own making.
+        return found.model_copy(
+            update={
+                "owner": self.owner,
+                "claim": secrets.token_hex(16),
+                "attempts": found.attempts + 1,
+                "lease_seconds": lease_seconds,
+                "status": "starting",
+                "output": None,
+                "error": None,
+                "metrics": {},
+                "logs": "",
+                "started_at": None,
+                "completed_at": None,
+                "webhook": asked.webhook or found.webhook,
+                "background": asked.background or found.background,
+                "cancel_requested": found.cancel_requested and not found.finished,
+                "may_run_again": False,
+            }
         )
 
     async def _change(self, claimed: Claimed, changes: dict[str, Any]) -> Claimed:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway import cog_client
+from gateway import cog_client, cog_folders
 from gateway.cog_client import CogBusyError, CogClient
+from gateway.cog_folders import CogFolders
 from gateway.event_stream import Event
 from tests.gateway.test_cog_client import HEAD, START, Serve, asking, chunk, read_request
 from tests.gateway.test_run import until
@@ -27,7 +28,8 @@ MADE = ["start", "completed"]
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cog_client, "COGS_FOLDERS", tmp_path)
+    monkeypatch.setattr(cog_folders, "COGS_FOLDERS", tmp_path)
+    monkeypatch.setattr(cog_folders, "CLEAR_AWAY_EVERY_S", 0.05)
     return tmp_path
 
 
@@ -234,7 +236,7 @@ def test_the_folders_of_a_finished_prediction_are_cleared_away(folders: Path) ->
 def test_the_folders_of_a_prediction_that_was_left_are_cleared_away_though_made_late(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cog_client, "CLEAR_AWAY_LATER_S", 1.0)
+    monkeypatch.setattr(cog_folders, "CLEAR_AWAY_EVERY_S", 1.0)
 
     async def test() -> None:
         is_made = asyncio.Event()
@@ -253,6 +255,41 @@ def test_the_folders_of_a_prediction_that_was_left_are_cleared_away_though_made_
             await until(lambda: not list(folders.iterdir()))
 
     run(test)
+
+
+def test_the_folders_of_a_prediction_that_is_asked_for_again_stay_for_it(folders: Path) -> None:
+    async def test() -> None:
+        left = CogFolders()
+        for name in ("again", "once"):
+            make_folder(folders, name)
+            left.use(name)
+            left.leave(name)
+        left.use("again")
+        await until(lambda: not (folders / "once").exists())
+        assert (folders / "again" / "outputs").exists()
+        left.leave("again")
+        await until(lambda: not (folders / "again").exists())
+
+    run(test)
+
+
+def test_at_the_end_all_folders_are_cleared_away_at_once(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cog_folders, "CLEAR_AWAY_EVERY_S", NEVER_S)
+
+    async def test() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            async for name in asked_on(reader):
+                make_folder(folders, name)
+                writer.write(HEAD + chunk(START.encode()) + DONE + END)
+
+        async with asking(serve) as (client, _):
+            assert await make(client, "last") == MADE
+            client.close()
+
+    run(test)
+    assert not list(folders.iterdir())
 
 
 def test_a_folder_that_has_something_in_it_stays(folders: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from gateway.cog_client import new_session
 from gateway.cog_process import CogProcess
 from gateway.cog_status import State
 from tests.gateway.watching import (
@@ -104,8 +105,8 @@ def test_it_can_be_stopped_between_two_lives() -> None:
 
 def test_stopped_before_it_ran_it_starts_nothing() -> None:
     async def test() -> None:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            cog = CogProcess(client, environment=environment(), cwd=SUPPORT)
+        async with new_session() as session:
+            cog = CogProcess(session, environment=environment(), cwd=SUPPORT)
             await cog.stop(TIMEOUT_S)
             await cog.run()
 
@@ -138,12 +139,13 @@ def test_cancelling_leaves_nothing_behind(capfd: pytest.CaptureFixture[str]) -> 
 
 def test_nothing_is_left_when_we_are_killed_ourselves() -> None:
     program = (
-        "import asyncio, httpx\n"
+        "import asyncio\n"
         "from pathlib import Path\n"
+        "from gateway.cog_client import new_session\n"
         "from gateway.cog_process import CogProcess\n"
         "async def main():\n"
-        "    async with httpx.AsyncClient(trust_env=False) as client:\n"
-        f"        cog = CogProcess(client, cwd=Path({str(SUPPORT)!r}))\n"
+        "    async with new_session() as session:\n"
+        f"        cog = CogProcess(session, cwd=Path({str(SUPPORT)!r}))\n"
         "        running = asyncio.create_task(cog.run())\n"
         "        while cog.pid is None:\n"
         "            await asyncio.sleep(0.01)\n"

@@ -15,13 +15,13 @@ import httpx
 import pytest
 import uvicorn
 
-from gateway.__main__ import _parts, _Server
 from gateway.app import build
-from gateway.cog_client import COGS_FOLDERS
+from gateway.cog_folders import COGS_FOLDERS
 from gateway.connections import Connection
 from gateway.desk import Desk
 from gateway.prediction import Prediction
 from gateway.run import Run
+from gateway.server import _parts, _Server
 from gateway.settings import load_gateway_settings
 from tests.gateway.watching import TIMEOUT_S, run
 from tests.support.asgi import HOST

@@ -22,7 +22,7 @@ from images.prediction import record_name
 from tests.conftest import Buckets
 from tests.support.gateway_server import TIMEOUT_S, GatewayServer, small_runner
 
-# How long answers that are on their way may take at the end (gateway/__main__.py), with time for the rest of it.
+# How long answers that are on their way may take at the end (gateway/server.py), with time for the rest of it.
 LAST_S = 5.0 + 4.0
 GRACE_S = 1.0
 EVERY_METHOD = ("GET", "PUT", "POST", "DELETE", "HEAD")

@@ -33,12 +33,11 @@ from tests.support.records import BlockingRecords, storage_of
 async def sweeping(s3: EmbeddedS3, bucket: str) -> AsyncIterator[Desk]:
     guard = Guard(parse_allowed("127.0.0.1"))
     async with (
-        httpx.AsyncClient(trust_env=False) as client,
         new_session() as session,
         AsyncClient(storage_of(s3)) as bucket_client,
         httpx.AsyncClient(transport=GuardedTransport(guard), trust_env=False) as theirs,
     ):
-        cog = CogProcess(client)
+        cog = CogProcess(session)
         ledger = Ledger(
             RecordStore(bucket_client, bucket), ImageStore(s3.client(), bucket, "", 3600, None)
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from gateway.cog_client import new_session
 from gateway.cog_process import CogProcess
 from gateway.cog_status import State, Status
 from gateway.patience import Patience
@@ -90,8 +91,8 @@ async def watched(
     patience: Patience = QUICK, *, cwd: Path = SUPPORT, **arguments: Any
 ) -> AsyncIterator[Watched]:
     arguments.setdefault("environment", environment())
-    async with httpx.AsyncClient(trust_env=False) as client:
-        cog = CogProcess(client, cwd=cwd, patience=patience, **arguments)
+    async with httpx.AsyncClient(trust_env=False) as client, new_session() as session:
+        cog = CogProcess(session, cwd=cwd, patience=patience, **arguments)
         running = Watched(cog, client)
         try:
             yield running
