@@ -40,6 +40,17 @@ def make_folder(folders: Path, name: str) -> Path:
     return folders / name
 
 
+def making(folders: Path) -> Serve:
+    """A server that makes each prediction, and folders for it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for name in asked_on(reader):
+            make_folder(folders, name)
+            writer.write(HEAD + chunk(START.encode()) + DONE + END)
+
+    return serve
+
+
 async def asked_on(reader: asyncio.StreamReader) -> AsyncIterator[str]:
     """The ids of the predictions that are asked for on a connection, until it is closed."""
     while True:
@@ -221,12 +232,7 @@ def test_on_a_connection_that_was_closed_meanwhile_the_next_prediction_is_made_o
 
 def test_the_folders_of_a_finished_prediction_are_cleared_away(folders: Path) -> None:
     async def test() -> None:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            async for name in asked_on(reader):
-                make_folder(folders, name)
-                writer.write(HEAD + chunk(START.encode()) + DONE + END)
-
-        async with asking(serve) as (client, _):
+        async with asking(making(folders)) as (client, _):
             assert await make(client, "a/b") == MADE
             await until(lambda: not list(folders.iterdir()))
 
@@ -279,12 +285,7 @@ def test_at_the_end_all_folders_are_cleared_away_at_once(
     monkeypatch.setattr(cog_folders, "CLEAR_AWAY_EVERY_S", NEVER_S)
 
     async def test() -> None:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            async for name in asked_on(reader):
-                make_folder(folders, name)
-                writer.write(HEAD + chunk(START.encode()) + DONE + END)
-
-        async with asking(serve) as (client, _):
+        async with asking(making(folders)) as (client, _):
             assert await make(client, "last") == MADE
             client.close()
 
