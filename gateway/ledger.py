@@ -56,8 +56,8 @@ class Ledger:
     async def get(self, prediction_id: str) -> Stored | None:
         return await _in_time(self._records.get(prediction_id))
 
-    async def recent(self, limit: int, before: str | None) -> Page:
-        return await _in_time(self._records.recent(limit, before))
+    async def recent(self, limit: int, before: str | None, *, also_settled: bool = True) -> Page:
+        return await _in_time(self._records.recent(limit, before, also_settled=also_settled))
 
     async def ask_to_cancel(self, prediction_id: str) -> bool:
         return await _in_time(self._records.ask_to_cancel(prediction_id))

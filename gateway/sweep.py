@@ -18,6 +18,8 @@ from images.records import Claimed, Stored
 
 EVERY_S = 30.0
 HORIZON = timedelta(hours=24)
+# What is entered only after a look, or by a clock that is slow, belongs before it.
+ENTERED_LATE = timedelta(seconds=60)
 PAGE = 100
 MOST_PAGES = 50
 # A prediction nobody waits for any more is not made; its caller may come back for it until then.
@@ -60,13 +62,14 @@ class Sweep:
         before, left = None, datetime.now(UTC)
         try:
             for _ in range(MOST_PAGES):
-                page = await self._desk.ledger.recent(PAGE, before)
+                page = await self._desk.ledger.recent(PAGE, before, also_settled=False)
                 for stored in page.stored:
                     if await self._look_at(stored):
                         left = min(left, stored.record.created_at)
                 before = page.before
-                oldest = page.stored[-1].record.created_at if page.stored else None
-                if before is None or (oldest and oldest < back_to):
+                if before is None or (
+                    page.oldest is not None and page.oldest < back_to - ENTERED_LATE
+                ):
                     break
         except ImagesError as error:
             if not self._complained:
@@ -92,7 +95,7 @@ class Sweep:
                     await self._take_over(stored)
                 elif stored.age > record.lease_seconds + NOBODY_CAME_S:
                     await self._end(stored, "canceled", "its server ended before it was finished")
-            elif stored.webhook_due and stored.age > self._webhook_left_s:
+            elif stored.record.webhook_due and stored.age > self._webhook_left_s:
                 await self._tell(stored)
         except (LostLeaseError, Refused) as error:
             # Of this one; the others are not to wait for it.
@@ -101,7 +104,7 @@ class Sweep:
             raise
         except Exception:  # noqa: BLE001 - and neither for this one
             _log.exception("unexpected error; prediction %s is left as it is", record.name)
-        return not record.finished or (stored.webhook_due and not self._is_told(stored))
+        return not record.finished or (stored.record.webhook_due and not self._is_told(stored))
 
     async def _tell(self, stored: Stored) -> None:
         webhook = stored.record.webhook
@@ -137,5 +140,5 @@ class Sweep:
         record = await self._desk.ledger.finish(found, status, error=error)
         _log.warning("prediction %s ended: %s", record.name, error)
         again = await self._desk.ledger.get(record.id)
-        if again is not None and again.webhook_due:
+        if again is not None and again.record.webhook_due:
             await self._tell(again)

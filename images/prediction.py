@@ -124,6 +124,19 @@ class PredictionRecord(_Document):
         return self.status in ("succeeded", "failed", "canceled")
 
     @property
+    def webhook_due(self) -> bool:
+        """Finished, and its caller not told: by its owner in a moment, or by another where that one has died."""
+        webhook = self.webhook
+        if not self.finished or webhook is None or webhook.sent_at is not None:
+            return False
+        return webhook.events_filter is None or "completed" in webhook.events_filter
+
+    @property
+    def settled(self) -> bool:
+        """Nothing of it changes any more, and nobody has to be told."""
+        return self.finished and not self.may_run_again and not self.webhook_due
+
+    @property
     def name(self) -> str:
         return record_name(self.id)
 
@@ -177,6 +190,15 @@ def parse_record(data: bytes, prediction_id: str | None, url: str) -> Prediction
             "the storage takes A and a for one letter: move it away, or use another id"
         )
     return record
+
+
+def time_of(place: str) -> datetime | None:
+    """When what has this place in time was claimed; None for what is none, or of no year that there is."""
+    milliseconds = place.partition("-")[0]
+    try:
+        return datetime.fromtimestamp((_LAST_MILLISECOND - int(milliseconds)) / 1000, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def record_name(prediction_id: str) -> str:

@@ -22,6 +22,7 @@ from images.prediction import (
     PredictionRecord,
     parse_record,
     record_name,
+    time_of,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ LEASE_SECONDS = 60.0
 LARGEST_PAGE = 1000  # what S3 lists in one answer
 _ATTEMPTS = 10  # at one change, while others keep changing the same record
 _READERS = 8
+_MOST_SETTLED = 10_000
 # What `recent` gives and takes as a place in the list.
 PLACE = r"^[0-9]{13}-[A-Za-z0-9._-]{1,80}$"
 
@@ -54,14 +56,6 @@ class Stored:
     def abandoned(self) -> bool:
         """Unfinished, and its owner has not been heard of for longer than it said."""
         return not self.record.finished and self.age >= self.record.lease_seconds
-
-    @property
-    def webhook_due(self) -> bool:
-        """Finished, and its caller not told: by its owner in a moment, or by another where `age` says that it died."""
-        webhook = self.record.webhook
-        if not self.record.finished or webhook is None or webhook.sent_at is not None:
-            return False
-        return webhook.events_filter is None or "completed" in webhook.events_filter
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,8 @@ class Page:
 
     stored: tuple[Stored, ...]
     before: str | None
+    oldest: datetime | None
+    """When the last place on it was claimed, whether or not it was read; None where it has none."""
 
 
 class RecordStore:
@@ -94,7 +90,7 @@ class RecordStore:
     Every method raises RecordError, which names the object, the cause and what to try, and holds no secret. Requests:
     2 or 3 PUTs once to try the server; 1 PUT to claim, 1 to enter, 1 for each renewal, 1 to finish; for an id that
     exists 1 PUT and 1 GET, and 1 PUT more to take it over; 1 GET to get; 1 GET and 1 PUT to note a webhook; 1 LIST and
-    1 GET per prediction for a page.
+    1 GET per prediction for a page, but for those that are left out of it.
     """
 
     def __init__(
@@ -106,6 +102,7 @@ class RecordStore:
         self._documents = ConditionalBucket(
             client, bucket, f"{self.prefix}/conditional-writes", LARGEST_RECORD
         )
+        self._settled: dict[str, None] = {}  # places, in the order in which they were seen
 
     def key(self, prediction_id: str) -> str:
         """Where the id's record lies."""
@@ -185,7 +182,9 @@ class RecordStore:
             "completed_at": completed_at or datetime.now(UTC),
             "may_run_again": may_run_again,
         }
-        return (await self._change(claimed, changes)).record
+        finished = (await self._change(claimed, changes)).record
+        self._note(finished)
+        return finished
 
     async def ask_to_cancel(self, prediction_id: str) -> bool:
         """Leave word for whoever owns it; False where there is none, or it is finished. One GET and one PUT."""
@@ -210,7 +209,7 @@ class RecordStore:
         key, moment = self.key(prediction_id), sent_at or datetime.now(UTC)
         for _ in range(_ATTEMPTS):
             stored = await self.get(prediction_id)
-            if stored is None or not stored.webhook_due or stored.record.webhook is None:
+            if stored is None or not stored.record.webhook_due or stored.record.webhook is None:
                 return
             webhook = {**dict(stored.record.webhook), "sent_at": moment}
             try:
@@ -227,11 +226,14 @@ class RecordStore:
         found = await self._documents.read(key)
         return None if found is None else self._parse(key, found, prediction_id)
 
-    async def recent(self, limit: int, before: str | None = None) -> Page:
+    async def recent(
+        self, limit: int, before: str | None = None, *, also_settled: bool = True
+    ) -> Page:
         """A page of at most `limit` (1 to 1000) predictions that were entered, newest first.
 
         `before` is what the page before it gave; the times are those of the replicas that claimed them. What cannot
-        be understood is left out, with a warning in the log, so a page may be shorter.
+        be understood is left out, with a warning in the log, so a page may be shorter; without `also_settled` so is
+        what this store has seen settled before, which is then not read either.
         """
         if before is not None and not re.fullmatch(PLACE, before):
             raise RecordError(f"{before[:100]!r} is no place in the list: pass what a page gave")
@@ -247,14 +249,21 @@ class RecordStore:
             async with reading:
                 return await self._at(place)
 
-        reads = [asyncio.create_task(read(place)) for place in places]
+        reads = [
+            asyncio.create_task(read(place))
+            for place in places
+            if also_settled or place not in self._settled
+        ]
         try:
             found = await asyncio.gather(*reads)
         finally:
             for task in reads:  # the others, where one has failed
                 task.cancel()
+        last = places[-1] if places else None
         return Page(
-            tuple(filter(None, found)), places[-1] if listing.is_truncated and places else None
+            tuple(filter(None, found)),
+            before=last if listing.is_truncated else None,
+            oldest=None if last is None else time_of(last),
         )
 
     @property
@@ -277,7 +286,14 @@ class RecordStore:
 
     def _parse(self, key: str, found: Document, prediction_id: str | None) -> Stored:
         record = parse_record(found.data, prediction_id, self._documents.url(key))
+        self._note(record)
         return Stored(record, found.etag, found.age)
+
+    def _note(self, record: PredictionRecord) -> None:
+        if record.settled:
+            self._settled[record.place_in_time] = None
+            while len(self._settled) > _MOST_SETTLED:
+                del self._settled[next(iter(self._settled))]
 
     def _claimed_by_me(
         self, found: PredictionRecord, lease_seconds: float, asked: PredictionRecord

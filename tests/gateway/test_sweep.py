@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -148,32 +148,67 @@ def test_one_that_cannot_be_looked_after_holds_up_no_other(
     assert "prediction ill is left as it is" in caplog.text
 
 
+def test_what_is_settled_is_read_once_at_most_however_often_the_sweep_looks(
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords
+) -> None:
+    async def test() -> None:
+        with receiver() as receiving:
+            ended(records, "by-another")
+            async with sweeping(s3, bucket) as desk:
+                mine = PredictionRecord.of("mine", {}, created_at=datetime.now(UTC))
+                claimed = await desk.ledger.claim(mine)
+                assert isinstance(claimed, Claimed)
+                await desk.ledger.finish(claimed, "succeeded")
+                await desk.ledger.enter(mine)
+                ended(records, "to-be-told", webhook=Webhook(url=receiving.url))
+                await until(lambda: told(receiving))
+                await until(lambda: _record(records, "to-be-told").settled)
+                await looked_again(s3, bucket)
+                before = reads(s3, records, "to-be-told")
+                await looked_again(s3, bucket)
+                assert reads(s3, records, "to-be-told") == before
+                assert reads(s3, records, "by-another") == 1
+                assert reads(s3, records, "mine") == 0
+
+    run(test)
+
+
 def test_once_nothing_is_left_the_newest_are_looked_at_alone(
     s3: EmbeddedS3, bucket: str, records: BlockingRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "PAGE", 2)
+    monkeypatch.setattr(sweep, "ENTERED_LATE", timedelta(0))
 
     async def test() -> None:
         for number in range(6):
             ended(records, f"{number}")
-
-        def lists() -> int:
-            return sum("list-type" in request.query for request in s3.requests(bucket))
-
-        def reads(name: str) -> int:
-            key = records.key(name)
-            return sum(
-                (request.method, request.key) == ("GET", key) for request in s3.requests(bucket)
-            )
-
         async with sweeping(s3, bucket):
-            await until(lambda: reads("0"))
-            before = reads("0")
-            seen = lists()
-            await until(lambda: lists() > seen + 5)
-            assert reads("0") == before
+            await until(lambda: lists(s3, bucket, further=True) >= 2)
+            await looked_again(s3, bucket)
+            before = lists(s3, bucket, further=True)
+            await looked_again(s3, bucket)
+            assert lists(s3, bucket, further=True) == before
 
     run(test)
+
+
+async def looked_again(s3: EmbeddedS3, bucket: str) -> None:
+    """Until some looks have begun and ended since."""
+    seen = lists(s3, bucket, further=False)
+    await until(lambda: lists(s3, bucket, further=False) > seen + 5)
+
+
+def lists(s3: EmbeddedS3, bucket: str, *, further: bool) -> int:
+    """How many pages were asked for: first ones, of which each look begins with one, or `further` ones."""
+    return sum(
+        "list-type" in request.query and ("start-after" in request.query) is further
+        for request in s3.requests(bucket)
+    )
+
+
+def reads(s3: EmbeddedS3, records: BlockingRecords, name: str) -> int:
+    key = records.key(name)
+    return sum((request.method, request.key) == ("GET", key) for request in s3.requests())
 
 
 def _record(records: BlockingRecords, name: str) -> PredictionRecord:

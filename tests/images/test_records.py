@@ -212,9 +212,9 @@ def test_a_webhook_is_due_from_the_end_until_it_was_sent(
 ) -> None:
     claimed = claim(store, webhook=Webhook(url="https://me/1"))
     store.webhook_sent("a-cat")  # of no end: not noted
-    assert not got(store).webhook_due
+    assert not got(store).record.webhook_due
     finished = store.finish(claimed, "succeeded", output=["x"])
-    assert got(other).webhook_due
+    assert got(other).record.webhook_due
 
     with pytest.raises(RecordError, match=r"webhook\.sent_at"):
         other.webhook_sent("a-cat", NOON.replace(tzinfo=None))
@@ -222,7 +222,7 @@ def test_a_webhook_is_due_from_the_end_until_it_was_sent(
     store.webhook_sent("a-cat", NOON + timedelta(hours=1))  # the first one counts
 
     after = got(store)
-    assert not after.webhook_due
+    assert not after.record.webhook_due
     assert after.record == finished.changed(webhook=Webhook(url="https://me/1", sent_at=NOON))
 
 
@@ -232,7 +232,7 @@ def test_who_did_not_ask_is_not_told(store: BlockingRecords, webhook: Webhook | 
     store.webhook_sent("a-cat")
     store.webhook_sent("nobody")
 
-    assert not got(store).webhook_due
+    assert not got(store).record.webhook_due
 
 
 def test_a_takeover_begins_from_nothing(store: BlockingRecords, other: BlockingRecords) -> None:
