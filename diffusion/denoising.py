@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusion.company import Company
 from diffusion.families import Architecture
 from diffusion.graphs import Graphs
+from diffusion.prompt_keys import prepared
 from diffusion.recipe import SDXL
 from diffusion.request import Plan
 
@@ -68,12 +69,15 @@ class Denoising:
         self._step_arguments: dict[str, Any] = (
             pipeline.prepare_extra_step_kwargs(generator, 0.0) if self._is_unet else {}
         )
-        self._conditions = {
+        conditions = {
             name: condition.to(device)
             for name, condition in self._conditions_of(
                 pipeline, architecture, plan, embeddings
             ).items()
         }
+        # Here and not in every step: it depends on the prompt alone.
+        conditions["prompt"] = prepared(self._denoiser, conditions["prompt"])
+        self._conditions = conditions
         # Images whose shapes are equal can share a pass.
         self.shape = (
             self.rows,

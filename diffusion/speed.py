@@ -1,6 +1,6 @@
 """What is done to a model's parts so that a card computes them faster, and given up where the images suffer.
 
-On a CPU nothing is, unless compiling is asked for: there the pixels are stock's, bit for bit.
+On a CPU only what leaves every bit as it is, unless compiling is asked for: there the pixels are stock's.
 """
 
 import logging
@@ -18,8 +18,10 @@ from diffusion.float8 import Float8Layers, computes_float8
 from diffusion.fused import fuse_projections
 from diffusion.group_norms import spread_group_norms
 from diffusion.layout import lay_channels_side_by_side
+from diffusion.prompt_keys import make_keys_once
 from diffusion.rehearsal import Rehearsal
 from diffusion.text_graphs import TextGraphs
+from diffusion.upsampling import convolve_after_doubling, convolve_before_doubling
 from diffusion.wide_attention import widen_attention
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,9 @@ class Speed:
 
         Never raises: what fails is left out, with a line in the log.
         """
-        if self._device.type == "cuda":
+        on_card = self._device.type == "cuda"
+        self._attempt("Keys of prompts", partial(make_keys_once, denoiser, joined=on_card))
+        if on_card:
             self._attempt("Channels side by side", partial(lay_channels_side_by_side, vae))
             self._attempt("Group norms", partial(spread_group_norms, vae))
             self._attempt("Wide attention", partial(widen_attention, vae))
@@ -75,6 +79,8 @@ class Speed:
                 self._take_up(denoiser)
             elif self._layers is not None and not self._attempt("FLOAT8", self._layers.refresh):
                 self._give_float8_up()  # some copies are of the old weights
+            for module in (denoiser, vae):
+                self._convolve_before_doubling(module)
         if self._compiling is not None:
             self._cover(denoiser, vae, self._compiling)
 
@@ -110,6 +116,11 @@ class Speed:
         self._attempt("Fused projections", partial(fuse_projections, denoiser))
         if self._wants_float8:
             self._add_float8(denoiser)
+
+    def _convolve_before_doubling(self, module: Any) -> None:
+        if not self._attempt("Upsampling", partial(convolve_before_doubling, module)):
+            convolve_after_doubling(module)  # some kernels are of the old weights
+            self._forget_graphs()
 
     def _add_float8(self, denoiser: Any) -> None:
         """Round the layers, and switch them on if those of the denoiser before were."""

@@ -7,12 +7,16 @@ import torch
 import torch._dynamo
 from diffusers import AutoencoderKL
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from diffusion import group_norms, wide_attention
+from diffusion.fused import fuse_projections
 from diffusion.group_norms import SpreadGroupNorm, spread_group_norms
 from diffusion.layout import SideBySideTransformer, lay_channels_side_by_side
+from diffusion.prompt_keys import make_keys_once, prepared
 from diffusion.regions import decoder_regions, denoiser_regions
+from diffusion.upsampling import convolve_after_doubling, convolve_before_doubling
 from diffusion.wide_attention import WideAttention, attend, widen_attention
 from tests.diffusion.support import build
 
@@ -140,6 +144,7 @@ class TestWideAttention:
         assert widen_attention(vae) == 2  # the encoder's too
         assert spread_group_norms(vae) > 20
         lay_channels_side_by_side(vae)
+        assert convolve_before_doubling(vae) == 2
 
         found = vae.decode(latents, return_dict=False)[0]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -151,6 +156,7 @@ class TestWideAttention:
         widen_attention(vae)
         spread_group_norms(vae)
         lay_channels_side_by_side(vae)
+        convolve_before_doubling(vae)
         (decoder,) = decoder_regions(vae)
         decoder.compile({"fullgraph": True, "dynamic": False, "backend": "eager"})
         decoder.run_learning()
@@ -173,6 +179,95 @@ class TestWideAttention:
 
         assert widen_attention(vae.decoder) == 0
         assert not isinstance(attention.processor, WideAttention)
+
+
+class TestUpsampling:
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("side_by_side", [False, True])
+    @pytest.mark.parametrize("shape", [(1, 16, 5, 7), (2, 16, 1, 1), (1, 16, 8, 3)])
+    def test_pixels_are_those_of_doubling_first(self, shape, side_by_side, bias):
+        part = Upsample2D(16, use_conv=True, out_channels=24, bias=bias)
+        image = noise(*shape)
+        if side_by_side:
+            part.to(memory_format=torch.channels_last)
+            image = image.to(memory_format=torch.channels_last)
+        expected, names = part(image), list(part.state_dict())
+
+        assert convolve_before_doubling(nn.Sequential(part)) == 1
+
+        found = part(image)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert list(part.state_dict()) == names
+        if side_by_side:
+            assert found.is_contiguous(memory_format=torch.channels_last)
+
+    def test_kernels_in_halves_are_rounded_once(self):
+        part = Upsample2D(16, use_conv=True).bfloat16()
+        doubled, exact = part.conv.weight.float(), Upsample2D(16, use_conv=True)
+        exact.conv.weight.data = doubled
+        convolve_before_doubling(nn.Sequential(part))
+        convolve_before_doubling(nn.Sequential(exact))
+
+        assert part.kernels.dtype == part.biases.dtype == torch.bfloat16
+        assert torch.equal(part.kernels, exact.kernels.bfloat16())
+
+    def test_new_weights_are_taken_up_where_the_old_ones_were(self):
+        part = Upsample2D(8, use_conv=True)
+        convolve_before_doubling(nn.Sequential(part))
+        places = part.kernels.data_ptr(), part.biases.data_ptr()
+        other, image = Upsample2D(8, use_conv=True), noise(1, 8, 4, 6)
+        part.load_state_dict(other.state_dict())
+
+        assert convolve_before_doubling(nn.Sequential(part)) == 1
+
+        torch.testing.assert_close(part(image), other(image), rtol=0, atol=1e-5)
+        assert (part.kernels.data_ptr(), part.biases.data_ptr()) == places
+
+    def test_another_size_than_twice_is_stocks(self):
+        part, image = Upsample2D(8, use_conv=True), noise(1, 8, 4, 6)
+        expected = part(image, output_size=(7, 11))
+
+        convolve_before_doubling(nn.Sequential(part))
+
+        assert torch.equal(part(image, output_size=(7, 11)), expected)
+
+    def test_it_is_stocks_again(self):
+        part, image = Upsample2D(8, use_conv=True), noise(1, 8, 4, 6)
+        expected = part(image)
+        convolve_before_doubling(nn.Sequential(part))
+
+        convolve_after_doubling(nn.Sequential(part))
+
+        assert type(part) is Upsample2D
+        assert torch.equal(part(image), expected)
+        assert "kernels" not in vars(part)
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            Upsample2D(8, use_conv=False),
+            Upsample2D(8, use_conv_transpose=True),
+            Upsample2D(8, use_conv=True, kernel_size=5, padding=2),
+            Upsample2D(8, use_conv=True, norm_type="ln_norm", eps=1e-6, elementwise_affine=True),
+            Upsample2D(8, use_conv=True, interpolate=False),
+        ],
+    )
+    def test_what_is_not_stocks_plain_one_stays(self, part):
+        assert convolve_before_doubling(nn.Sequential(part)) == 0
+        assert type(part) is Upsample2D
+
+    @pytest.mark.slow
+    @pytest.mark.system_program("g++")
+    @pytest.mark.timeout(300)
+    def test_pixels_are_the_same_compiled(self):
+        part, image = Upsample2D(16, use_conv=True), noise(1, 16, 6, 9)
+        expected = part(image)
+        convolve_before_doubling(nn.Sequential(part))
+
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            one = image.contiguous(memory_format=memory_format)
+            found = torch.compile(part, fullgraph=True, dynamic=False)(one)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 class TestLayout:
@@ -208,14 +303,18 @@ class TestLayout:
         latents = noise(1, 4, 8, 8)
         expected = unet(latents, **arguments)[0]
 
+        make_keys_once(unet, joined=True)
         lay_channels_side_by_side(unet)
         spread = spread_group_norms(unet)
+        fuse_projections(unet)
+        assert convolve_before_doubling(unet) > 0
+        prompt = prepared(unet, arguments["encoder_hidden_states"])
         regions = list(denoiser_regions(unet, on_card=True)) if compiled else []
         for region in regions:
             region.compile({"fullgraph": True, "dynamic": False, "backend": "eager"})
             region.run_learning()
 
         with torch._dynamo.config.patch(recompile_limit=128):
-            found = unet(latents, **arguments)[0]
+            found = unet(latents, **arguments | {"encoder_hidden_states": prompt})[0]
         assert spread == sum(isinstance(one, SpreadGroupNorm) for one in unet.modules())
         assert math.isclose(float((found - expected).abs().max()), 0, abs_tol=1e-4)
