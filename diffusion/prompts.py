@@ -20,6 +20,8 @@ from diffusion.errors import RequestError
 from diffusion.families import Architecture
 from diffusion.fitting import visiting
 from diffusion.long_prompts import encode_long, most_tokens, shortened
+from diffusion.plain_prompts import encode_plain
+from diffusion.recipe import SDXL
 from diffusion.request import Plan
 from diffusion.weighting import Fragment, read_weights
 
@@ -130,8 +132,14 @@ class Prompts:
         }
         if all(_is_stocks(found, tokenizers) for found in fragments.values()):
             plain = {name: found[0].text for name, found in fragments.items()}
-            return _Entry(self._stock(plain, key.guided), ())
+            return _Entry(self._plain(plain, key.guided), ())
         return self._long(fragments, key.guided, longest)
+
+    def _plain(self, texts: Mapping[str, str], guided: bool) -> Embeddings:
+        """The same as stock's, where that can be had sooner."""
+        if guided or self._architecture.pipeline != SDXL.pipeline:
+            return self._stock(texts, guided)
+        return encode_plain(self._pipeline, self._architecture, texts["prompt"], self._device)
 
     def _stock(self, texts: Mapping[str, str], guided: bool) -> Embeddings:
         encoded = self._pipeline.encode_prompt(
