@@ -45,7 +45,8 @@ class _Graph:
 class Graphs:
     """Records graphs while told to (`recording`), and replays them. Whatever has none runs as it is.
 
-    One thread uses it. All graphs share one pool of memory, since never two of them run at once.
+    One thread uses it. All graphs share one pool of memory, and inputs of one shape one place, since never two of them run
+    at once.
 
     Args:
         of: what is recorded, for the log.
@@ -60,6 +61,7 @@ class Graphs:
         self._waits = True
         self._owner: object | None = None
         self._graphs: dict[tuple[object, ...], _Graph] = {}
+        self._places: dict[tuple[object, ...], torch.Tensor] = {}
         self._refused: set[tuple[object, ...]] = set()  # for want of memory
         # One for all recordings: libraries keep a workspace for every stream that they have seen.
         self._beside: Any = None
@@ -71,6 +73,7 @@ class Graphs:
     def forget(self) -> None:
         """Let go of all graphs, their memory, and whose they were. Nothing may be running."""
         self._graphs.clear()
+        self._places.clear()
         self._refused.clear()
         self._owner = None
         self._pool = None
@@ -155,7 +158,7 @@ class Graphs:
         torch.cuda.empty_cache()
 
     def _recorded(self, predict: Callable[[Batch], Any], batch: Batch) -> _Graph:
-        inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        inputs = {name: self._place(name, tensor).copy_(tensor) for name, tensor in batch.items()}
         if self._beside is None:
             self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         beside = self._beside
@@ -170,6 +173,13 @@ class Graphs:
             output = predict(inputs)
         self._pool = graph.pool()
         return _Graph(graph, inputs, output)
+
+    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Where graphs read an input: one place for all of them that have it in this shape, as a prompt's keys are."""
+        key = (name, tensor.shape, tensor.dtype)
+        if key not in self._places:
+            self._places[key] = torch.empty_like(tensor)
+        return self._places[key]
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

@@ -106,6 +106,28 @@ def record(graphs: Graphs, predict: Pass, owner: object, side: int = 4) -> None:
     assert torch.equal(found, batch(side)["sample"] + 1)
 
 
+def test_graphs_read_inputs_of_one_shape_from_one_place(card):
+    read: list[int] = []
+    graphs, prompt = Graphs(torch.device("cuda")), torch.zeros(1, 77, 1000)
+
+    def predict(batch: Batch) -> torch.Tensor:
+        if card.capturing:
+            read.append(batch["prompt"].data_ptr())
+        return batch["sample"] + batch["prompt"].sum()
+
+    with graphs.recording():
+        for side in (4, 6, 8):
+            graphs.run(card, predict, {**batch(side), "prompt": prompt}, kind="pass")
+
+    assert len(graphs) == len(read) == 3
+    assert len(set(read)) == 1
+    assert read[0] != prompt.data_ptr()
+
+    place = weakref.ref(next(iter(graphs._places.values())))
+    graphs.forget()
+    assert place() is None
+
+
 @pytest.mark.parametrize(
     "failure", [RuntimeError("not permitted"), torch.OutOfMemoryError("full"), ValueError("no")]
 )
