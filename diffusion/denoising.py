@@ -69,15 +69,13 @@ class Denoising:
         self._step_arguments: dict[str, Any] = (
             pipeline.prepare_extra_step_kwargs(generator, 0.0) if self._is_unet else {}
         )
-        conditions = {
+        self._conditions = {
             name: condition.to(device)
             for name, condition in self._conditions_of(
                 pipeline, architecture, plan, embeddings
             ).items()
         }
-        # Here and not in every step: it depends on the prompt alone.
-        conditions["prompt"] = prepared(self._denoiser, conditions["prompt"])
-        self._conditions = conditions
+        self._prepared: torch.Tensor | None = None
         # Images whose shapes are equal can share a pass.
         self.shape = (
             self.rows,
@@ -104,13 +102,24 @@ class Denoising:
         """How far it has come, for people. Schedulers of second order take nearly two steps for each asked for."""
         return f"step {self.step} of {len(self.timesteps)}"
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """What the denoiser takes for the step that is next, by names of ours; `rows` in every batch."""
+    def inputs(self, *, in_company: bool = False) -> dict[str, torch.Tensor]:
+        """What the denoiser takes for the step that is next, by names of ours; `rows` in every batch.
+
+        Alone, its prompt is prepared once. In company that would be held for each image, and all of them joined in
+        every step, which is much memory: there the denoiser prepares it, as stock does.
+        """
         timestep = self.timesteps[self.step]
         sample = torch.cat([self.latents] * 2) if self._guided else self.latents
         if hasattr(self._scheduler, "scale_model_input"):
             sample = self._scheduler.scale_model_input(sample, timestep)
-        return {"sample": sample, "timestep": timestep, **self._conditions}
+        prompt = self._conditions["prompt"]
+        if in_company:
+            self._prepared = None
+        else:
+            if self._prepared is None:
+                self._prepared = prepared(self._denoiser, prompt)
+            prompt = self._prepared
+        return {"sample": sample, "timestep": timestep, **self._conditions, "prompt": prompt}
 
     def advance(self, prediction: torch.Tensor) -> None:
         """Take the step that the denoiser's prediction for `inputs()` leads to."""
@@ -200,7 +209,7 @@ def predictions(
         prediction: torch.Tensor = graphs.run(denoiser, call, batch, kind=(rows, alone))
         return prediction
 
-    inputs = [image.inputs() for image in images]
+    inputs = [image.inputs(in_company=len(images) > 1) for image in images]
     return company.predict(predict, inputs, images[0].shape, rows)
 
 

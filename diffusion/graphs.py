@@ -45,8 +45,8 @@ class _Graph:
 class Graphs:
     """Records graphs while told to (`recording`), and replays them. Whatever has none runs as it is.
 
-    One thread uses it. All graphs share one pool of memory, and inputs of one shape one place, since never two of them run
-    at once.
+    One thread uses it. All graphs share one pool of memory, and one place for inputs of one shape, since never two of
+    them run at once.
 
     Args:
         of: what is recorded, for the log.

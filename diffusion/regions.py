@@ -17,7 +17,7 @@ from torch import nn
 # In denoisers whose classes do not say so (`_repeated_blocks`).
 REPEATED_BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")
 # Norms and activations beside convolutions: a card reads and writes every one of them from memory if nobody fuses them.
-AROUND_CONVOLUTIONS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+AROUND_CONVOLUTIONS = ("ResnetBlock2D", "Downsample2D", "Upsample2D", "SubPixelUpsample")
 # What a UNet does before and after a row of blocks.
 AROUND_BLOCKS = ("_operate_on_continuous_inputs", "_get_output_for_continuous_inputs")
 

@@ -56,6 +56,7 @@ class Speed:
         self._denoiser: Any = None
         self._layers: Float8Layers | None = None
         self._float8_is_on = False
+        self._doubles_first = False
         if float8 and not computes_float8(device):
             logger.warning(
                 "FLOAT8 is on, but %s does not compute 8-bit floats: it wants an Ada, Hopper or later card.",
@@ -79,8 +80,7 @@ class Speed:
                 self._take_up(denoiser)
             elif self._layers is not None and not self._attempt("FLOAT8", self._layers.refresh):
                 self._give_float8_up()  # some copies are of the old weights
-            for module in (denoiser, vae):
-                self._convolve_before_doubling(module)
+            self._convolve_before_doubling(denoiser, vae)
         if self._compiling is not None:
             self._cover(denoiser, vae, self._compiling)
 
@@ -117,9 +117,17 @@ class Speed:
         if self._wants_float8:
             self._add_float8(denoiser)
 
-    def _convolve_before_doubling(self, module: Any) -> None:
-        if not self._attempt("Upsampling", partial(convolve_before_doubling, module)):
-            convolve_after_doubling(module)  # some kernels are of the old weights
+    def _convolve_before_doubling(self, denoiser: Any, vae: Any) -> None:
+        def convolve() -> None:
+            for module in (denoiser, vae):
+                convolve_before_doubling(module)
+
+        if self._doubles_first or self._attempt("Upsampling", convolve):
+            return
+        self._doubles_first = True  # for good: other kernels are not tried
+        convolve_after_doubling(vae)
+        # Some kernels are of the old weights, and there may be graphs that read them.
+        if convolve_after_doubling(denoiser):
             self._forget_graphs()
 
     def _add_float8(self, denoiser: Any) -> None:

@@ -12,9 +12,11 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional
 
-# By row or column: the weights of a window of 3 that fall on the first and the second of the 2 pixels it sees. It lies
-# on the first or on the second pixel of a doubled one.
-_SEEN = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+# By row or column: which weights of a window of 3 fall on the first and the second of the 2 pixels that it sees, where
+# its middle is the first pixel of a doubled one, and where it is the second.
+_SEEN = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
+# Of a doubled pixel, as kernels have them: by row and column.
+_CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 class SubPixelUpsample(Upsample2D):  # type: ignore[misc]
@@ -39,10 +41,9 @@ class SubPixelUpsample(Upsample2D):  # type: ignore[misc]
 
     def refresh(self) -> None:
         """After the weights were overwritten. Graphs that read these stay valid."""
-        kernels, biases = _kernels(self.conv)
-        self.kernels.copy_(kernels)
+        _sum(self.conv.weight, self.kernels)
         if self.biases is not None:
-            self.biases.copy_(biases)
+            self.biases.copy_(self.conv.bias.repeat(4))
 
 
 def convolve_before_doubling(module: nn.Module) -> int:
@@ -56,20 +57,18 @@ def convolve_before_doubling(module: nn.Module) -> int:
             part.refresh()
             found += 1
         elif type(part) is Upsample2D and _is_plain(part):
-            kernels, biases = _kernels(part.conv)
-            # Beside the weights, and in no state dict: a new version has none of them.
-            vars(part).update(kernels=kernels, biases=biases)
-            part.__class__ = SubPixelUpsample
+            _convert(part)
             found += 1
     return found
 
 
-def convolve_after_doubling(module: nn.Module) -> None:
-    """Have the module's upsampling be stock's again."""
-    for part in module.modules():
-        if type(part) is SubPixelUpsample:
-            part.__class__ = Upsample2D
-            del part.kernels, part.biases
+def convolve_after_doubling(module: nn.Module) -> int:
+    """Have the module's upsampling be stock's again; returns how much of it was not."""
+    found = [part for part in module.modules() if type(part) is SubPixelUpsample]
+    for part in found:
+        part.__class__ = Upsample2D
+        del part.kernels, part.biases
+    return len(found)
 
 
 def _is_plain(part: Any) -> bool:
@@ -86,27 +85,56 @@ def _is_plain(part: Any) -> bool:
     )
 
 
+# Tensors that are made in inference mode can be written to in no other.
+@torch.inference_mode(False)
 @torch.no_grad()
-def _kernels(conv: Any) -> tuple[torch.Tensor, Any]:
-    """Summed in float32, and rounded once."""
-    weight = conv.weight
-    seen = torch.tensor(_SEEN, dtype=torch.float32, device=weight.device)
-    kernels = torch.einsum("ayu,bxv,oiuv->aboiyx", seen, seen, weight.float()).flatten(0, 2)
-    layout = (
-        torch.channels_last
-        if weight.is_contiguous(memory_format=torch.channels_last)
-        else torch.contiguous_format
+def _convert(part: Any) -> None:
+    weight, bias = part.conv.weight, part.conv.bias
+    wide, *others = weight.shape[:2]
+    side_by_side = weight.is_contiguous(memory_format=torch.channels_last)
+    kernels = torch.empty(
+        (4 * wide, *others, 2, 2),
+        dtype=weight.dtype,
+        device=weight.device,
+        memory_format=torch.channels_last if side_by_side else torch.contiguous_format,
     )
-    biases = None if conv.bias is None else conv.bias.repeat(4)
-    return kernels.to(weight.dtype).contiguous(memory_format=layout), biases
+    _sum(weight, kernels)
+    # Beside the weights, and in no state dict: a new version has none of them.
+    vars(part).update(kernels=kernels, biases=None if bias is None else bias.detach().repeat(4))
+    part.__class__ = SubPixelUpsample
+
+
+@torch.no_grad()
+def _sum(weight: torch.Tensor, kernels: torch.Tensor) -> None:
+    """In float32, and rounded once; with memory for one weight of a kernel at a time."""
+    for kernel, (row, column) in zip(kernels.chunk(4), _CORNERS, strict=True):
+        for y, x in _CORNERS:
+            seen = weight[:, :, _SEEN[row][y], _SEEN[column][x]]
+            kernel[:, :, y, x] = seen.float().sum((2, 3))
 
 
 def _side_by_side(pixels: torch.Tensor) -> torch.Tensor:
     """From batch x 4 channels x (height + 1) x (width + 1) to batch x channels x 2 height x 2 width."""
-    count, _, height, width = pixels.shape
-    # A window before the image and one behind it: the first pixels begin with one, and the second with the other.
-    upper_left, upper_right, lower_left, lower_right = pixels.permute(0, 2, 3, 1).chunk(4, dim=3)
-    upper = torch.stack((upper_left[:, :-1, :-1], upper_right[:, :-1, 1:]), dim=3)
-    lower = torch.stack((lower_left[:, 1:, :-1], lower_right[:, 1:, 1:]), dim=3)
-    image = torch.stack((upper, lower), dim=2)
-    return image.reshape(count, 2 * (height - 1), 2 * (width - 1), -1).permute(0, 3, 1, 2)
+    count, channels, height, width = (pixels.shape[0], pixels.shape[1] // 4, *pixels.shape[2:])
+    # One window more than there are pixels: the first of two begin with the first one, the second with the one after.
+    corners = [
+        corner[:, :, y : y + height - 1, x : x + width - 1]
+        for corner, (y, x) in zip(pixels.chunk(4, dim=1), _CORNERS, strict=True)
+    ]
+    shape = (count, channels, 2 * (height - 1), 2 * (width - 1))
+    # Of this call, and not of whatever other threads compile meanwhile, as `is_compiling` is.
+    if torch.compiler.is_dynamo_compiling():
+        lying = [corner.permute(0, 2, 3, 1) for corner in corners]
+        rows = [torch.stack(pair, dim=3) for pair in (lying[:2], lying[2:])]
+        image = torch.stack(rows, dim=2).reshape(count, *shape[2:], channels)
+        return image.permute(0, 3, 1, 2)
+    side_by_side = pixels.is_contiguous(memory_format=torch.channels_last)
+    image = torch.empty(
+        shape,
+        dtype=pixels.dtype,
+        device=pixels.device,
+        memory_format=torch.channels_last if side_by_side else torch.contiguous_format,
+    )
+    for corner, (y, x) in zip(corners, _CORNERS, strict=True):
+        image[:, :, y::2, x::2] = corner
+    return image

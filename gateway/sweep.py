@@ -18,7 +18,8 @@ from images.records import Claimed, Stored
 
 EVERY_S = 30.0
 HORIZON = timedelta(hours=24)
-# What is entered only after a look, or by a clock that is slow, belongs before it.
+# Each look goes this much further back than there is something left: predictions are entered a little after their time
+# of creation, and clocks differ.
 ENTERED_LATE = timedelta(seconds=60)
 PAGE = 100
 MOST_PAGES = 50

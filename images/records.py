@@ -183,7 +183,7 @@ class RecordStore:
             "may_run_again": may_run_again,
         }
         finished = (await self._change(claimed, changes)).record
-        self._note(finished)
+        self._note_if_settled(finished)
         return finished
 
     async def ask_to_cancel(self, prediction_id: str) -> bool:
@@ -286,10 +286,10 @@ class RecordStore:
 
     def _parse(self, key: str, found: Document, prediction_id: str | None) -> Stored:
         record = parse_record(found.data, prediction_id, self._documents.url(key))
-        self._note(record)
+        self._note_if_settled(record)
         return Stored(record, found.etag, found.age)
 
-    def _note(self, record: PredictionRecord) -> None:
+    def _note_if_settled(self, record: PredictionRecord) -> None:
         if record.settled:
             self._settled[record.place_in_time] = None
             while len(self._settled) > _MOST_SETTLED:

@@ -16,7 +16,11 @@ from diffusion.group_norms import SpreadGroupNorm, spread_group_norms
 from diffusion.layout import SideBySideTransformer, lay_channels_side_by_side
 from diffusion.prompt_keys import make_keys_once, prepared
 from diffusion.regions import decoder_regions, denoiser_regions
-from diffusion.upsampling import convolve_after_doubling, convolve_before_doubling
+from diffusion.upsampling import (
+    SubPixelUpsample,
+    convolve_after_doubling,
+    convolve_before_doubling,
+)
 from diffusion.wide_attention import WideAttention, attend, widen_attention
 from tests.diffusion.support import build
 
@@ -313,6 +317,8 @@ class TestLayout:
         for region in regions:
             region.compile({"fullgraph": True, "dynamic": False, "backend": "eager"})
             region.run_learning()
+        kinds = [type(region._module) for region in regions]
+        assert (SubPixelUpsample in kinds) is compiled
 
         with torch._dynamo.config.patch(recompile_limit=128):
             found = unet(latents, **arguments | {"encoder_hidden_states": prompt})[0]

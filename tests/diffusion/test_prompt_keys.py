@@ -1,5 +1,6 @@
 """Keys and values of a prompt, made once for an image: the same numbers, asked for less often."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,14 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
+from diffusion.denoising import Denoising
 from diffusion.engine import Engine
 from diffusion.fused import fuse_projections
 from diffusion.prompt_keys import make_keys_once, prepared
-from diffusion.recipe import Recipe
+from diffusion.prompts import Prompts
+from diffusion.recipe import SDXL, Recipe
 from diffusion.refresh import stage
-from diffusion.request import GenerationRequest
+from diffusion.request import GenerationRequest, Plan
 from tests.diffusion.support import (
     GUIDED,
     LIGHTNING,
@@ -27,6 +30,7 @@ from tests.diffusion.support import (
 from tests.support.small_families import write_small_sd3
 
 TOKENS = 77
+PLAN = Plan("a small red boat", None, 64, 64, steps=2, guidance_scale=0.0, seeds=(3,))
 
 
 def image(engine: Engine, steps: int = 1) -> np.ndarray:
@@ -129,6 +133,22 @@ def test_an_image_of_several_steps_has_them_made_once(model, recipe: Recipe):
         image(engine, steps=2)
 
     assert sorted(called) == sorted(makers(pipeline.unet))
+
+
+def test_in_company_it_takes_its_prompt_and_holds_nothing_else(model):
+    pipeline, cpu = build(model), torch.device("cpu")
+    make_keys_once(pipeline.unet, joined=False)
+    embeddings = Prompts(pipeline, SDXL, cpu).encode(PLAN)
+    denoising = Denoising(pipeline, SDXL, PLAN, 3, embeddings, cpu)
+    keys = denoising.inputs()["prompt"]
+    held = weakref.ref(keys)
+
+    assert denoising.inputs()["prompt"] is keys
+    assert torch.equal(keys, prepared(pipeline.unet, embeddings["prompt_embeds"]))
+    del keys
+
+    assert denoising.inputs(in_company=True)["prompt"] is embeddings["prompt_embeds"]
+    assert held() is None
 
 
 @pytest.mark.parametrize("joined", [False, True])
