@@ -40,15 +40,18 @@ def gateway(
     assert "Traceback" not in running.logs
 
 
-def ask_and_leave(gateway: GatewayServer, prediction_id: str, given: dict[str, object]) -> None:
-    """Hang up once it is under way."""
+@contextlib.contextmanager
+def asked(gateway: GatewayServer, prediction_id: str, given: dict[str, object]) -> Iterator[None]:
+    """A caller who waits from when it is under way until the end of the block, and then hangs up."""
     with httpx.Client(base_url=gateway.url, trust_env=False, timeout=TIMEOUT_S) as client:
         request = client.build_request(
             "PUT", f"/predictions/{prediction_id}", json={"input": given}
         )
         request.headers["Accept"] = "text/event-stream"
         answer = client.send(request, stream=True)
-        next(line for line in answer.iter_lines() if "start" in line)
+        lines = answer.iter_lines()  # held on to: they hang up when they are dropped
+        next(line for line in lines if "start" in line)
+        yield
         answer.close()
 
 
@@ -56,9 +59,10 @@ def test_who_comes_while_a_left_prediction_is_put_away_gets_it_made_anew(
     gateway: GatewayServer, s3: EmbeddedS3, buckets: Buckets, journal: Path
 ) -> None:
     given = {"prompt": "left", "seconds": 1.5}
-    ask_and_leave(gateway, "left", given)
-    # The end of the first is being recorded for as long as it takes the second to come.
-    s3.inject(Fault("hold", method="PUT", bucket=buckets.images, key="predictions/*", times=1))
+    with asked(gateway, "left", given):
+        # The end of the first is being recorded for as long as it takes the second to come.
+        record = "predictions/left.json"
+        s3.inject(Fault("hold", method="PUT", bucket=buckets.images, key=record, times=1))
     again = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=TIMEOUT_S)
     with contextlib.closing(again):
         try:
@@ -87,14 +91,16 @@ def test_a_caller_who_leaves_a_prediction_to_others_does_not_take_it_from_them(
         gateway.until(
             lambda: gateway.get("/predictions/shared").json().get("status") == "processing"
         )
-        ask_and_leave(gateway, "shared", given)
+        with asked(gateway, "shared", given):
+            pass
         assert first.result(TIMEOUT_S).json()["status"] == "succeeded"
     assert journal.read_text().splitlines() == ["shared"]
 
 
 def test_what_nobody_waits_for_any_more_frees_its_slot(gateway: GatewayServer) -> None:
     for name in ("one", "two", "three"):
-        ask_and_leave(gateway, name, {"prompt": name, "seconds": 60})
+        with asked(gateway, name, {"prompt": name, "seconds": 60}):
+            pass
     gateway.until(lambda: gateway.get("/status").json()["queue"]["running"] == 0)
     assert gateway.put("four", {"prompt": "four"}).json()["status"] == "succeeded"
     for name in ("one", "two", "three"):
