@@ -24,7 +24,8 @@ from loading import TIMES_TO_BEGIN, load
 from settings import load_runner_settings
 from tests.e2e.conftest import MODEL, Deployment, fetch, image_urls, version_of
 from tests.support.cog_server import REPOSITORY, CogServer, Response
-from tests.support.fault_proxy import Fault, FaultProxy, ProxyRequest
+from tests.support.fault_proxy import FaultProxy, ProxyRequest
+from tests.support.faults import Fault
 from weights import ObjectChangedError
 from weights.waterfall import JSON_NAME, SVG_NAME, ColdStart
 

@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 from demo.s3 import EmbeddedS3
 from settings import load_storage_settings
 from tests.preparation.conftest import SCRIPT, Models
-from tests.support.fault_proxy import BEFORE_HEAD, Fault, FaultKind, FaultProxy, ProxyRequest
+from tests.support.fault_proxy import FaultProxy, ProxyRequest
+from tests.support.faults import BEFORE_HEAD, Fault, FaultKind
 from weights import Bucket, open_model, read_latest
 from weights.unfinished import unfinished_uploads
 

@@ -29,7 +29,8 @@ from s3.async_client import (
     _listing,
 )
 from settings import StorageSettings
-from tests.support.fault_proxy import Fault, FaultKind, FaultProxy, ProxyRequest
+from tests.support.fault_proxy import FaultProxy, ProxyRequest
+from tests.support.faults import Fault, FaultKind
 from tests.support.object_server import ObjectServer
 from tests.support.records import storage_of
 

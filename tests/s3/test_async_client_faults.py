@@ -18,7 +18,8 @@ from s3.async_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, AsyncClient, S3Error
 from settings import StorageSettings
 from tests.s3.test_async_client import bucket, get, put, with_client
 from tests.support.authority import Authority
-from tests.support.fault_proxy import BEFORE_HEAD, Fault, FaultKind, FaultProxy, scripted
+from tests.support.fault_proxy import FaultProxy, scripted
+from tests.support.faults import BEFORE_HEAD, Fault, FaultKind
 from tests.support.object_server import Head, LoopbackServer, Wire, s3_error, status_line
 from tests.support.records import storage_of
 from tests.support.tls_front import ConnectProxy, TlsFront

@@ -57,6 +57,12 @@ def own_model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    """Where a node cache will be; it is not there yet."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def large_model(tmp_path: Path) -> Path:
     """A folder with a file that goes up in several parts, and that the test may change."""
     return write_model(tmp_path / "large-model", chunks=4)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.fault_proxy import BEFORE_HEAD, Fault, FaultKind, FaultProxy, scripted, seeded
+from tests.support.fault_proxy import FaultProxy, scripted, seeded
+from tests.support.faults import BEFORE_HEAD, Fault, FaultKind
 from tests.support.object_server import ObjectServer
 from tests.weights.folder_bucket import (
     BUCKET,

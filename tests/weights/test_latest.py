@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fault_proxy import Fault, FaultKind, FaultProxy, scripted
+from tests.support.fault_proxy import FaultProxy, scripted
+from tests.support.faults import Fault, FaultKind
 from tests.support.object_server import ObjectServer
 from tests.weights.folder_bucket import BUCKET, MODEL, bucket_at
 from weights import BucketError, ManifestError

@@ -16,7 +16,8 @@ from typing import Any, Self
 
 import pytest
 
-from tests.support.fault_proxy import Fault, FaultKind, FaultProxy, ProxyRequest, scripted
+from tests.support.fault_proxy import FaultProxy, ProxyRequest, scripted
+from tests.support.faults import Fault, FaultKind
 from tests.support.object_server import ObjectServer
 from tests.weights.folder_bucket import MODEL, PublishedFolder, write_published
 from tests.weights.replica import digest_of
