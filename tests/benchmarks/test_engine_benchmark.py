@@ -110,36 +110,64 @@ def test_switching_is_measured_beside_staying(page: Path) -> None:
         assert float(named(table, request)[0][1]) > 0
 
 
-@pytest.mark.slow
-def test_side_by_side_all_is_prepared_before_anything_is_measured(tmp_path: Path) -> None:
-    output = tmp_path / "engine.md"
-
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything prepared at once, all three starts of this engine's own among it; its progress is in progress.txt."""
+    output = tmp_path_factory.mktemp("side-by-side") / "engine.md"
     finished = run(
         output,
         *("--side-by-side", "--parts", "start,switching,throughput,single"),
-        *("--ways", "eager,torchao", "--ours", "MODEL_READER=thread", "--start-ways", "uncompiled"),
+        *("--ways", "eager,torchao", "--ours", "MODEL_READER=thread", "--start-ways", "ours"),
         *("--model", "small", "--size", "64", "--steps", "1", "--dtype", "float32"),
         *("--rounds", "2", "--throughput-rounds", "1", "--start-rounds", "1"),
         *("--concurrency", "1,2"),
     )
-
     assert finished.returncode == 0, finished.stderr
-    before, after = finished.stderr.split("all that can be had is ready", 1)
+    output.with_name("progress.txt").write_text(finished.stderr)
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.system_program("g++")
+def test_side_by_side_all_is_prepared_before_anything_is_measured(side_by_side: Path) -> None:
+    progress = side_by_side.with_name("progress.txt").read_text()
+
+    before, after = progress.split("all that can be had is ready", 1)
     for prepared in (
         "eager: ready and warm after",
         "MODEL_READER=thread: ready and warm after",
         "torchao: skipped",
         "[switching] two models after",
+        "published code: there after",
     ):
         assert prepared in before
     assert "[64x64" not in before
     assert "[start" not in before
     assert "[start" in after
-    parts = json.loads(output.with_suffix(".json").read_text())
+    parts = json.loads(side_by_side.with_suffix(".json").read_text())
     assert [*parts] == ["single", "throughput", "switching", "start"]
     assert [part["rounds"] for part in parts.values()] == [2, 1, 2, 1]
-    assert [*parts["start"]["found"]] == [UNCOMPILED]
     assert all(parts["switching"]["found"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.system_program("g++")
+def test_a_start_with_published_code_stands_between_one_without_and_one_that_compiles(
+    side_by_side: Path,
+) -> None:
+    table = rows(side_by_side.read_text(), "Cold start from a folder")
+    assert [row[0] for row in table if row[0].startswith("this engine")] == [
+        "this engine, COMPILE=off",
+        "this engine, published code",
+        "this engine, COMPILE=on, nothing published",
+    ]
+    part = json.loads(side_by_side.with_suffix(".json").read_text())["start"]
+    assert all(part["found"].values())
+    assert not part["skipped"]
+    assert part["published"]["bytes"] > 0
+    assert part["published"]["sizes"] == ["64x64"]
 
 
 @pytest.mark.slow
@@ -181,30 +209,6 @@ def environment_of(process: Path) -> list[str]:
         return (process / "environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # not a process, not ours, or gone
         return []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.system_program("g++")
-def test_a_start_with_published_code_stands_between_one_without_and_one_that_compiles(
-    tmp_path: Path,
-) -> None:
-    output = tmp_path / "engine.md"
-
-    finished = run(output, *START, "--ours", "MODEL_READER=thread")
-
-    assert finished.returncode == 0, finished.stderr
-    table = rows(output.read_text(), "Cold start from a folder")
-    assert [row[0] for row in table if row[0].startswith("this engine")] == [
-        "this engine, COMPILE=off",
-        "this engine, published code",
-        "this engine, COMPILE=on, nothing published",
-        "this engine, MODEL_READER=thread",
-    ]
-    assert "Could not run" not in output.read_text()
-    part = json.loads(output.with_suffix(".json").read_text())["start"]
-    assert part["published"]["bytes"] > 0
-    assert part["published"]["sizes"] == ["64x64"]
 
 
 @pytest.mark.slow
