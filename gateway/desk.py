@@ -92,7 +92,7 @@ class Desk:
         self.draining = False
         self._live: dict[str, Run] = {}
         self._background: set[asyncio.Task[None]] = set()
-        self._recorded_later: dict[str, Prediction] = {}
+        self._recorded_later: set[str] = set()
         self._inputs: tuple[int, Inputs] | None = None
         self._told: dict[tuple[str, str | None], None] = {}
         self._looks = 0
@@ -145,11 +145,6 @@ class Desk:
             # Its last caller has just left; this one wants it after all, once it is out of the way. Its task, not its
             # end: a moment lies between them, in which this loop would turn for ever.
             await asyncio.wait({running.task})
-        if (made := self._recorded_later.get(prediction_id)) is not None and not made.may_run_again:
-            if made.record.input_sha256 != record.input_sha256:
-                raise another_input()
-            self.metrics.replayed()
-            return made
         if not self.open:
             return await self._earlier(wanted, record)
         try:
@@ -164,8 +159,8 @@ class Desk:
 
     async def get(self, prediction_id: str) -> dict[str, Any] | None:
         """The answer of a prediction as it is now; None where there is none. Raises Refused."""
-        if (here := self._here(prediction_id)) is not None:
-            return here.answer()
+        if (running := self._live.get(prediction_id)) is not None:
+            return running.prediction.answer()
         stored = await self._read(self.ledger.get(prediction_id))
         return None if stored is None else await self.answer_of(stored)
 
@@ -178,7 +173,10 @@ class Desk:
             self.ledger.all_with_fresh_urls([stored.record for stored in page.stored])
         )
         return [
-            (self._here(record.id) or Prediction(record)).answer() for record in signed
+            running.prediction.answer()
+            if (running := self._live.get(record.id)) is not None
+            else Prediction(record).answer()
+            for record in signed
         ], page.before
 
     async def cancel(self, prediction_id: str) -> bool:
@@ -187,8 +185,6 @@ class Desk:
         if running is not None and not running.is_elsewhere:
             running.leave(Leaving.ASKED)
             return True
-        if prediction_id in self._recorded_later:
-            return False
         return await self._read(self.ledger.ask_to_cancel(prediction_id))
 
     @contextmanager
@@ -286,26 +282,17 @@ class Desk:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def record_later(self, made: Prediction, recording: Coroutine[Any, Any, None]) -> None:
-        """Go on with what the bucket has not taken so far.
-
-        Meanwhile the sweep leaves it alone, and who asks gets what was made.
-        """
+    def record_later(self, prediction_id: str, recording: Coroutine[Any, Any, None]) -> None:
+        """Go on with what the bucket has not taken so far; the sweep leaves it alone meanwhile."""
 
         async def record() -> None:
             try:
                 await recording
             finally:
-                if self._recorded_later.get(made.id) is made:
-                    del self._recorded_later[made.id]
+                self._recorded_later.discard(prediction_id)
 
-        self._recorded_later[made.id] = made
+        self._recorded_later.add(prediction_id)
         self.in_background(record())
-
-    def _here(self, prediction_id: str) -> Prediction | None:
-        """One of which more is known here than is recorded."""
-        running = self._live.get(prediction_id)
-        return self._recorded_later.get(prediction_id) if running is None else running.prediction
 
     def _start(self, run: Run) -> None:
         self._live[run.prediction.id] = run

@@ -41,8 +41,6 @@ class Prediction:
         self.watchers = 0
         self.refusal: Refused | None = None
         """What its callers get in place of its answer."""
-        self.may_run_again = False
-        """It came to nothing that counts: who asks for it again has it made anew."""
         self.take(record)
         self._events: list[Event] = []
         self._changed = asyncio.Event()

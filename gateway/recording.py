@@ -24,10 +24,13 @@ _log = logging.getLogger(__name__)
 class Recording:
     """Of a prediction that this gateway has claimed and that is finished."""
 
-    def __init__(self, desk: Desk, prediction: Prediction, claimed: Claimed) -> None:
+    def __init__(
+        self, desk: Desk, prediction: Prediction, claimed: Claimed, *, may_run_again: bool
+    ) -> None:
         self._desk = desk
         self._prediction = prediction
         self._claimed = claimed
+        self._may_run_again = may_run_again
 
     async def within_patience(self) -> bool:
         """Whether it is recorded by now. Raises LostLeaseError."""
@@ -80,5 +83,5 @@ class Recording:
                 logs=prediction.logs,
                 started_at=prediction.started_at,
                 completed_at=prediction.completed_at,
-                may_run_again=prediction.may_run_again,
+                may_run_again=self._may_run_again,
             )

@@ -423,8 +423,7 @@ class Run:
         claimed = self._claimed
         if claimed is None:
             raise RuntimeError("it is not claimed")
-        self.prediction.may_run_again = may_run_again
-        recording = Recording(self._desk, self.prediction, claimed)
+        recording = Recording(self._desk, self.prediction, claimed, may_run_again=may_run_again)
         try:
             self._is_recorded = await recording.within_patience()
         except LostLeaseError as error:
@@ -432,7 +431,7 @@ class Run:
             await self._what_is_recorded()
             return
         if not self._is_recorded:  # its caller has waited for it, and gets it all the same
-            self._desk.record_later(self.prediction, recording.later(then=self._tell_end))
+            self._desk.record_later(self.prediction.id, recording.later(then=self._tell_end))
 
     def _tell_end(self) -> None:
         if self.prediction.refusal is None:

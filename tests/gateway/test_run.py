@@ -25,8 +25,6 @@ from gateway.cog_status import State, Status
 from gateway.desk import Desk, Wanted
 from gateway.event_stream import Event
 from gateway.ledger import Ledger
-from gateway.prediction import Prediction
-from gateway.refusals import Refused
 from gateway.webhooks import Webhooks
 from images.prediction import PredictionRecord, Webhook
 from images.records import Claimed, RecordStore
@@ -253,16 +251,6 @@ def test_an_end_that_is_not_recorded_before_the_server_s_is_told_to_nobody(
     run(test)
 
 
-async def assert_given_to_all_who_ask(desk: Desk, made: Prediction) -> None:
-    """Though nothing of it is recorded; and nobody has it made again."""
-    await until(lambda: desk.find(made.id) is None)  # its way through the desk is over
-    assert await desk.submit(Wanted(GIVEN, id=made.id)) is made
-    with pytest.raises(Refused, match="used for another input"):
-        await desk.submit(Wanted({"prompt": "another"}, id=made.id))
-    assert [answer["output"] for answer in await told_by(desk, made.id)] == [["a"]] * 2
-    assert not await desk.cancel(made.id)
-
-
 @pytest.mark.parametrize("bucket_recovers", [True, False])
 def test_a_result_that_the_bucket_does_not_take_in_time_is_told_once_it_does(
     s3: EmbeddedS3,
@@ -293,9 +281,7 @@ def test_a_result_that_the_bucket_does_not_take_in_time_is_told_once_it_does(
                 await prediction.ended()
                 assert prediction.answer()["status"] == "succeeded"
                 assert desk.has("kept")  # the sweep is not to make it anew
-                if bucket_recovers:
-                    await assert_given_to_all_who_ask(desk, prediction)
-                else:
+                if not bucket_recovers:
                     await until(lambda: not desk.has("kept"))
                 assert not record_of(records, "kept").finished
                 assert hooks.messages == []
