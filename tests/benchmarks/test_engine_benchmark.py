@@ -112,7 +112,7 @@ def test_switching_is_measured_beside_staying(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything prepared at once, all three starts of this engine's own among it; its progress is in progress.txt."""
+    """Everything prepared at once, then measured, with this engine's own starts; its progress is in progress.txt."""
     output = tmp_path_factory.mktemp("side-by-side") / "engine.md"
     finished = run(
         output,
@@ -164,6 +164,7 @@ def test_a_start_with_published_code_stands_between_one_without_and_one_that_com
         "this engine, COMPILE=on, nothing published",
     ]
     part = json.loads(side_by_side.with_suffix(".json").read_text())["start"]
+    assert [*part["found"]] == [UNCOMPILED, PUBLISHED, COMPILING]
     assert all(part["found"].values())
     assert not part["skipped"]
     assert part["published"]["bytes"] > 0
@@ -209,6 +210,24 @@ def environment_of(process: Path) -> list[str]:
         return (process / "environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # not a process, not ours, or gone
         return []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.system_program("g++")
+def test_one_after_another_code_is_published_before_the_first_start_with_it(tmp_path: Path) -> None:
+    output = tmp_path / "engine.md"
+
+    finished = run(output, *START, "--start-ways", "published")
+
+    assert finished.returncode == 0, finished.stderr
+    assert "Could not run" not in output.read_text()
+    steps = ("published code: there after", "[start, not counted]", "[start, round 1 of 1]")
+    places = [finished.stderr.index(step) for step in steps]
+    assert places == sorted(places)
+    part = json.loads(output.with_suffix(".json").read_text())["start"]
+    assert [*part["found"]] == [PUBLISHED]
+    assert len(part["found"][PUBLISHED]) == 1
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from tests.support.plain_client import (
     RANGE,
     ask,
     ask_again,
+    leaves_no_thread_or_socket,
     write_bucket,
 )
 
@@ -83,20 +84,9 @@ def proxied(server: ObjectServer) -> Iterator[Proxied]:
 
 
 @pytest.fixture(autouse=True)
-def no_thread_or_socket_is_left() -> Iterator[None]:
-    def open_sockets() -> int:
-        descriptors = Path("/proc/self/fd")
-        found = 0
-        for descriptor in descriptors.iterdir() if descriptors.exists() else ():
-            with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
-                found += str(descriptor.readlink()).startswith("socket:")
-        return found
-
-    before = open_sockets()
-    yield
-    left = [thread.name for thread in threading.enumerate()]
-    assert [name for name in left if name.startswith(("fault-proxy", "object-server"))] == []
-    assert open_sockets() <= before
+def nothing_is_left() -> Iterator[None]:
+    with leaves_no_thread_or_socket():
+        yield
 
 
 # --- Without faults.

@@ -15,6 +15,7 @@ from tests.support.plain_client import (
     MODEL_PATH,
     RANGE,
     ask,
+    leaves_no_thread_or_socket,
     write_bucket,
 )
 
@@ -28,6 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[ObjectServer]:
     with ObjectServer(folder) as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    with leaves_no_thread_or_socket():
+        yield
 
 
 @pytest.mark.parametrize(
