@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import http.client
 import random
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,22 +55,3 @@ def write_bucket(root: Path) -> Path:
     (root / MODEL_PATH[1:]).write_bytes(MODEL)
     (root / CONFIG_PATH[1:]).write_bytes(b"{}")
     return root
-
-
-@contextlib.contextmanager
-def leaves_no_thread_or_socket() -> Iterator[None]:
-    """Of the servers that were started in the block."""
-
-    def open_sockets() -> int:
-        descriptors = Path("/proc/self/fd")
-        found = 0
-        for descriptor in descriptors.iterdir() if descriptors.exists() else ():
-            with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
-                found += str(descriptor.readlink()).startswith("socket:")
-        return found
-
-    before = open_sockets()
-    yield
-    left = [thread.name for thread in threading.enumerate()]
-    assert [name for name in left if name.startswith(("fault-proxy", "object-server"))] == []
-    assert open_sockets() <= before

@@ -7,7 +7,6 @@ import http.client
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -18,11 +17,11 @@ import pytest
 from botocore.config import Config
 
 from demo.s3 import EmbeddedS3
-from tests.support.fault_proxy import Decision, FaultProxy, ProxyRequest, scripted, seeded
+from tests.support.conftest import Proxied
+from tests.support.fault_proxy import FaultProxy
 from tests.support.faults import BEFORE_HEAD, Fault, FaultKind
 from tests.support.object_server import LoopbackServer, ObjectServer, Wire
 from tests.support.plain_client import (
-    CONFIG_PATH,
     ETAG,
     MIDDLE,
     MODEL,
@@ -30,9 +29,9 @@ from tests.support.plain_client import (
     RANGE,
     ask,
     ask_again,
-    leaves_no_thread_or_socket,
-    write_bucket,
 )
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @contextlib.contextmanager
@@ -55,38 +54,6 @@ def head_and_body(client: socket.socket, length: int) -> tuple[bytes, bytes]:
         data += piece
     head, _, body = data.partition(b"\r\n\r\n")
     return head, body
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bucket(tmp_path_factory.mktemp("buckets"))
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[ObjectServer]:
-    with ObjectServer(folder) as server:
-        yield server
-
-
-Proxied = Callable[..., FaultProxy]
-
-
-@pytest.fixture
-def proxied(server: ObjectServer) -> Iterator[Proxied]:
-    """Makes a proxy before the server that strikes every request with one fault, or as a decision wants."""
-    with contextlib.ExitStack() as proxies:
-
-        def make(what: Fault | Decision | None = None) -> FaultProxy:
-            decide = what if callable(what) else lambda _: what
-            return proxies.enter_context(FaultProxy(server.endpoint_url, decide))
-
-        yield make
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    with leaves_no_thread_or_socket():
-        yield
 
 
 # --- Without faults.
@@ -213,6 +180,22 @@ class OneAnswerServer(LoopbackServer):
         client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         self.release(client)
         self.closed.release()
+
+
+def test_closing_the_proxy_ends_its_idle_connections(proxied: Proxied) -> None:
+    proxy = proxied()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", proxy.port, 30)) as client:
+        ask_again(client)
+        proxy.close()
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", proxy.port), 30)
+        with pytest.raises((OSError, http.client.HTTPException)):
+            ask_again(client)
+
+
+def test_an_upstream_that_is_not_plain_http_is_refused() -> None:
+    with pytest.raises(ValueError, match="https://somewhere"):
+        FaultProxy("https://somewhere")
 
 
 # --- Faults on the wire.
@@ -446,108 +429,3 @@ def test_an_answer_without_a_body_is_struck_before_its_head(
 ) -> None:
     with pytest.raises(ConnectionError):  # RemoteDisconnected is one
         ask(proxied(Fault(kind, at=5)), method="HEAD")
-
-
-# --- Deciding.
-
-
-def test_a_script_is_followed_in_its_order(proxied: Proxied) -> None:
-    busy, slow = Fault(FaultKind.STATUS), Fault(FaultKind.SLOW_DOWN)
-    expired = Fault(FaultKind.EXPIRED)
-    rules = [("*.json", busy, 2, 1), ("*.json", slow, 1, 0), ("HEAD /models/*", expired, None, 0)]
-    proxy = proxied(scripted(rules))
-
-    answers = [ask(proxy, CONFIG_PATH).status for _ in range(5)]
-    assert ask(proxy).status == 200
-    assert [ask(proxy, method="HEAD").status for _ in range(2)] == [403, 403]
-    assert answers == [200, 503, 503, 503, 200]
-    assert [record.fault for record in proxy.requests] == [
-        *(None, busy, busy, slow, None, None),
-        *(expired, expired),
-    ]
-
-
-def test_a_decision_sees_the_request_and_its_numbers(proxied: Proxied) -> None:
-    seen: list[ProxyRequest] = []
-    proxy = proxied(seen.append)
-    ask(proxy, headers=RANGE)
-    ask(proxy, f"{CONFIG_PATH}?versionId=3")
-    ask(proxy, headers={"range": "bytes=-7"})
-
-    assert [(request.number, request.number_of_path) for request in seen] == [
-        (1, 1),
-        (2, 1),
-        (3, 2),
-    ]
-    assert [(request.range, request.range_length) for request in seen] == [
-        ("bytes=1000-1999", 1000),
-        (None, None),
-        ("bytes=-7", 7),
-    ]
-    assert (seen[1].path, seen[1].query) == (CONFIG_PATH, "versionId=3")
-    assert seen[0].headers["host"] == f"127.0.0.1:{proxy.port}"
-
-
-def request_of(part: int, bucket: str = "models") -> ProxyRequest:
-    headers = {"range": f"bytes={part * 1000}-{part * 1000 + 999}"}
-    return ProxyRequest("GET", f"/{bucket}/unet", "", headers, 0, 0)
-
-
-def test_seeded_faults_do_not_depend_on_the_order_of_requests() -> None:
-    def faults(seed: int, parts: list[int], bucket: str) -> dict[int, Fault | None]:
-        decide = seeded(seed, 0.3, list(FaultKind))
-        return {part: decide(request_of(part, bucket)) for part in parts}
-
-    parts = list(range(400))
-    expected = faults(1, parts, "models")
-    struck = [fault for fault in expected.values() if fault]
-    assert faults(1, parts[::-1], "other-bucket") == expected
-    assert faults(2, parts, "models") != expected
-    assert 60 < len(struck) < 180
-    assert all(0 <= fault.at < 1000 for fault in struck)
-    assert len({fault.kind for fault in struck}) > 10
-
-
-def test_seeded_faults_can_be_bounded_so_that_asking_again_helps() -> None:
-    decide = seeded(1, 1.0, [FaultKind.FLIP], at_most=2, pattern="GET *")
-
-    with ThreadPoolExecutor(8) as threads:
-        faults = list(threads.map(decide, [request_of(3)] * 50))
-    assert sum(fault is not None for fault in faults) == 2
-    assert decide(ProxyRequest("PUT", "/models/unet", "", {}, 1, 1)) is None
-
-
-def test_a_mix_of_faults_leaves_every_other_answer_whole(
-    server: ObjectServer, proxied: Proxied
-) -> None:
-    kinds = [FaultKind.FLIP, FaultKind.STATUS, FaultKind.RESET, FaultKind.TRUNCATE, FaultKind.STALE]
-    proxy = proxied(seeded(5, 0.4, kinds))
-
-    def read(part: int) -> bool:
-        headers = {"Range": f"bytes={part * 1000}-{part * 1000 + 999}"}
-        try:
-            answer = ask(proxy, headers=headers)
-        except (OSError, http.client.HTTPException):
-            return False
-        return answer.body == MODEL[part * 1000 : part * 1000 + 1000]
-
-    with ThreadPoolExecutor(8) as threads:
-        whole = list(threads.map(read, range(200)))
-    assert sum(whole) == sum(record.fault is None for record in proxy.requests)
-    assert 0 < sum(whole) < 200
-
-
-def test_closing_the_proxy_ends_its_idle_connections(proxied: Proxied) -> None:
-    proxy = proxied()
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", proxy.port, 30)) as client:
-        ask_again(client)
-        proxy.close()
-        with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", proxy.port), 30)
-        with pytest.raises((OSError, http.client.HTTPException)):
-            ask_again(client)
-
-
-def test_an_upstream_that_is_not_plain_http_is_refused() -> None:
-    with pytest.raises(ValueError, match="https://somewhere"):
-        FaultProxy("https://somewhere")

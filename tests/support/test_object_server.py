@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,26 +14,9 @@ from tests.support.plain_client import (
     MODEL_PATH,
     RANGE,
     ask,
-    leaves_no_thread_or_socket,
-    write_bucket,
 )
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bucket(tmp_path_factory.mktemp("buckets"))
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[ObjectServer]:
-    with ObjectServer(folder) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    with leaves_no_thread_or_socket():
-        yield
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @pytest.mark.parametrize(
