@@ -6,6 +6,7 @@ import base64
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ import standardwebhooks
 from demo.s3 import EmbeddedS3, Fault
 from images.prediction import PredictionRecord, Webhook
 from images.records import Claimed
-from tests.support.gateway_server import TIMEOUT_S, GatewayServer
+from tests.support.gateway_server import TIMEOUT_S, GatewayServer, holding
 from tests.support.receiver import receiver
 from tests.support.records import BlockingRecords, storage_of
 
@@ -104,15 +105,19 @@ def test_two_replicas_make_one_prediction_once_and_both_know_it(
 
         def ask(number: int) -> None:
             together.wait()
-            answers.append(replicas[number % 2].put("both", {"prompt": "both", "seconds": 1.0}))
+            answers.append(replicas[number % 2].put("both", {"prompt": "both"}))
 
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
+        with holding(runner_folder, "both"):
+            for thread in threads:
+                thread.start()
+            # Who came first waits for it; the others are told that it runs, whichever of the two they ask.
+            replicas[0].until(lambda: len(answers) == 7)
+            assert {answer.status_code for answer in answers} == {202}
         for thread in threads:
             thread.join()
 
-        assert {answer.status_code for answer in answers} == {200, 202}
+        assert answers[-1].status_code == 200
         results = [until_over(replica, "both") for replica in replicas]
     assert results[0] == results[1]
     assert results[0]["status"] == "succeeded"
@@ -149,10 +154,13 @@ def test_another_replica_can_cancel(environment: dict[str, str], runner_folder: 
 def test_what_is_not_finished_in_time_is_finished_by_the_next_gateway_and_told_once(
     environment: dict[str, str], runner_folder: Path, journal: Path
 ) -> None:
-    given = {"prompt": "handed on", "seconds": 3.0}
     with receiver() as hook:
         impatient = {**environment, "SHUTDOWN_GRACE_SECONDS": "0"}
-        with GatewayServer(impatient, runner_folder) as gateway:
+        with (
+            holding(runner_folder, "handed on"),
+            GatewayServer(impatient, runner_folder) as gateway,
+        ):
+            given = {"prompt": "handed on"}
             fields = {"webhook": hook.url, "webhook_events_filter": ["completed"]}
             answer = gateway.put("handed", given, headers=ASYNC, fields=fields)
             assert answer.status_code == 202
@@ -169,10 +177,10 @@ def test_what_is_not_finished_in_time_is_finished_by_the_next_gateway_and_told_o
 def test_who_waits_at_a_gateway_that_stops_is_told_to_ask_again_and_gets_it_then(
     environment: dict[str, str], runner_folder: Path, journal: Path
 ) -> None:
-    given = {"prompt": "wait", "seconds": 3.0}
+    given = {"prompt": "wait"}
     answers: list[httpx.Response] = []
     impatient = {**environment, "SHUTDOWN_GRACE_SECONDS": "0"}
-    with GatewayServer(impatient, runner_folder) as gateway:
+    with holding(runner_folder, "wait"), GatewayServer(impatient, runner_folder) as gateway:
         asking = threading.Thread(target=lambda: answers.append(gateway.put("wait", given)))
         asking.start()
         gateway.until(lambda: runs(journal, "wait") == 1)
@@ -217,24 +225,19 @@ def test_what_has_ended_several_gateways_is_not_tried_again_and_its_caller_told(
 def test_a_prediction_survives_the_death_of_its_worker(
     environment: dict[str, str], runner_folder: Path, journal: Path
 ) -> None:
-    answers: list[httpx.Response] = []
-    with GatewayServer({**environment, "COG_MAX_CONCURRENCY": "1"}, runner_folder) as gateway:
-        asking = [
-            threading.Thread(
-                target=lambda name=name: answers.append(
-                    gateway.put(name, {"prompt": name, "seconds": 2.0})
-                )
-            )
-            for name in ("under way", "in line")
-        ]
-        for thread in asking:
-            thread.start()
-        gateway.until(lambda: runs(journal, "under way") + runs(journal, "in line") == 1)
-        os.kill(gateway.worker_pid(), signal.SIGKILL)
-        for thread in asking:
-            thread.join(TIMEOUT_S)
-    assert [answer.json()["status"] for answer in answers] == ["succeeded"] * 2
-    assert runs(journal, "under way") + runs(journal, "in line") == 3
+    with (
+        GatewayServer({**environment, "COG_MAX_CONCURRENCY": "1"}, runner_folder) as gateway,
+        ThreadPoolExecutor(2) as callers,
+    ):
+        with holding(runner_folder, "under way"):
+            under_way = callers.submit(gateway.put, "under way", {"prompt": "under way"})
+            gateway.until(lambda: runs(journal, "under way") == 1)
+            in_line = callers.submit(gateway.put, "in line", {"prompt": "in line"})
+            gateway.until(lambda: gateway.get("/status").json()["queue"]["waiting"] == 1)
+            os.kill(gateway.worker_pid(), signal.SIGKILL)
+        answers = [asked.result(TIMEOUT_S).json() for asked in (under_way, in_line)]
+    assert [answer["status"] for answer in answers] == ["succeeded"] * 2
+    assert (runs(journal, "under way"), runs(journal, "in line")) == (2, 1)
 
 
 def test_a_prediction_that_kills_its_worker_again_and_again_fails(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import socket
 from collections.abc import Iterator
@@ -11,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 
-import httpx
 import pytest
 
 from demo.s3 import EmbeddedS3
 from demo.s3_faults import Fault
 from tests.conftest import Buckets
-from tests.support.gateway_server import TIMEOUT_S, GatewayServer, small_runner
+from tests.support.gateway_server import TIMEOUT_S, GatewayServer, holding, small_runner
 
 
 @pytest.fixture
@@ -40,66 +38,54 @@ def gateway(
     assert "Traceback" not in running.logs
 
 
-@contextlib.contextmanager
-def asked(gateway: GatewayServer, prediction_id: str, given: dict[str, object]) -> Iterator[None]:
-    """A caller who waits from when it is under way until the end of the block, and then hangs up."""
-    with httpx.Client(base_url=gateway.url, trust_env=False, timeout=TIMEOUT_S) as client:
-        request = client.build_request(
-            "PUT", f"/predictions/{prediction_id}", json={"input": given}
-        )
-        request.headers["Accept"] = "text/event-stream"
-        answer = client.send(request, stream=True)
-        lines = answer.iter_lines()  # held on to: they hang up when they are dropped
-        next(line for line in lines if "start" in line)
-        yield
-        answer.close()
-
-
 def test_who_comes_while_a_left_prediction_is_put_away_gets_it_made_anew(
     gateway: GatewayServer, s3: EmbeddedS3, buckets: Buckets, journal: Path
 ) -> None:
-    given = {"prompt": "left", "seconds": 1.5}
-    with asked(gateway, "left", given):
-        # The end of the first is being recorded for as long as it takes the second to come.
-        record = "predictions/left.json"
-        s3.inject(Fault("hold", method="PUT", bucket=buckets.images, key=record, times=1))
-    again = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=TIMEOUT_S)
-    with contextlib.closing(again):
-        try:
+    with contextlib.ExitStack() as stack:
+        with holding(gateway.cwd, "left"):
+            with gateway.asking("left", {"prompt": "left"}):
+                # The end of the first is being recorded for as long as it takes the others to come.
+                record = "predictions/left.json"
+                hold = Fault("hold", method="PUT", bucket=buckets.images, key=record, times=1)
+                stack.enter_context(s3.fault(hold))
             s3.wait_for_held_request()
-            body = json.dumps({"input": given})
-            again.request("PUT", "/predictions/left", body, {"Content-Type": "application/json"})
-            # What is answered after it was sent was asked while it waited.
-            for _ in range(10):
-                assert gateway.get("/predictions/left").json()["status"] == "processing"
-        finally:
-            s3.clear_faults()
+        back = [stack.enter_context(gateway.sent("left", {"prompt": "left"})) for _ in range(2)]
+        # What is answered after they were sent was asked while they waited.
+        for _ in range(10):
+            assert gateway.get("/predictions/left").json()["status"] == "processing"
+        s3.clear_faults()
         assert gateway.get("/live").is_success
-        response = again.getresponse()
-        answer = json.loads(response.read())
-    assert response.status == HTTPStatus.OK
-    assert answer["status"] == "succeeded"
+        answers = [connection.getresponse() for connection in back]
+        told = [json.loads(answer.read()) for answer in answers]
+    # One of them makes it, and the other is told that it runs, or what it came to.
+    assert HTTPStatus.OK in {answer.status for answer in answers}
+    assert {answer.status for answer in answers} <= {HTTPStatus.OK, HTTPStatus.ACCEPTED}
+    assert {answer["status"] for answer in told} <= {"starting", "processing", "succeeded"}
+    assert gateway.get("/predictions/left").json()["status"] == "succeeded"
     assert journal.read_text().splitlines() == ["left", "left"]
 
 
 def test_a_caller_who_leaves_a_prediction_to_others_does_not_take_it_from_them(
     gateway: GatewayServer, journal: Path
 ) -> None:
-    given = {"prompt": "shared", "seconds": 1.5}
+    given = {"prompt": "shared"}
     with ThreadPoolExecutor(1) as callers:
-        first = callers.submit(gateway.put, "shared", given)
-        gateway.until(
-            lambda: gateway.get("/predictions/shared").json().get("status") == "processing"
-        )
-        with asked(gateway, "shared", given):
-            pass
+        with holding(gateway.cwd, "shared"):
+            first = callers.submit(gateway.put, "shared", given)
+            gateway.until(
+                lambda: gateway.get("/predictions/shared").json().get("status") == "processing"
+            )
+            with gateway.asking("shared", given):
+                pass
+            for _ in range(10):
+                assert gateway.get("/predictions/shared").json()["status"] == "processing"
         assert first.result(TIMEOUT_S).json()["status"] == "succeeded"
     assert journal.read_text().splitlines() == ["shared"]
 
 
 def test_what_nobody_waits_for_any_more_frees_its_slot(gateway: GatewayServer) -> None:
     for name in ("one", "two", "three"):
-        with asked(gateway, name, {"prompt": name, "seconds": 60}):
+        with gateway.asking(name, {"prompt": name, "seconds": 60}):
             pass
     gateway.until(lambda: gateway.get("/status").json()["queue"]["running"] == 0)
     assert gateway.put("four", {"prompt": "four"}).json()["status"] == "succeeded"

@@ -20,7 +20,7 @@ from demo.s3 import EmbeddedS3
 from demo.s3_faults import Fault
 from images.prediction import record_name
 from tests.conftest import Buckets
-from tests.support.gateway_server import TIMEOUT_S, GatewayServer, small_runner
+from tests.support.gateway_server import TIMEOUT_S, GatewayServer, holding, small_runner
 
 # How long answers that are on their way may take at the end (gateway/server.py), with time for the rest of it.
 LAST_S = 5.0 + 4.0
@@ -75,13 +75,14 @@ def test_a_bucket_that_is_gone_is_told_and_what_runs_meanwhile_is_kept(
     secret = s3.admin.secret_access_key
     with GatewayServer(environment, runner) as gateway:
         assert gateway.put("old", {"prompt": "old"}).is_success
-        running = callers.submit(gateway.put, "running", {"prompt": "running", "seconds": 1})
-        gateway.until(
-            lambda: gateway.get("/predictions/running").json().get("status") == "processing"
-        )
         try:
-            for method in EVERY_METHOD:
-                s3.inject(Fault("status", bucket=buckets.images, method=method, status=500))
+            with holding(runner, "running"):
+                running = callers.submit(gateway.put, "running", {"prompt": "running"})
+                gateway.until(
+                    lambda: gateway.get("/predictions/running").json().get("status") == "processing"
+                )
+                for method in EVERY_METHOD:
+                    s3.inject(Fault("status", bucket=buckets.images, method=method, status=500))
             answers = outcomes(gateway, callers)
             stream = gateway.post(
                 "/predictions",

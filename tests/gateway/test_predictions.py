@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from demo.s3 import EmbeddedS3
-from tests.support.gateway_server import TIMEOUT_S, GatewayServer, small_runner
+from tests.support.gateway_server import TIMEOUT_S, GatewayServer, holding, small_runner
 
 ASYNC = {"Prefer": "respond-async"}
 EVENTS = {"Accept": "text/event-stream"}
@@ -41,7 +42,7 @@ def gateway(
 
 
 def times_run(journal: Path, prompt: str) -> int:
-    return journal.read_text().splitlines().count(prompt)
+    return journal.read_text().splitlines().count(prompt) if journal.exists() else 0
 
 
 def ended(gateway: GatewayServer, prediction_id: str) -> dict[str, Any]:
@@ -107,19 +108,19 @@ def test_many_that_put_one_id_at_once_have_it_made_once(
 
     def ask() -> None:
         together.wait()
-        answers.append(gateway.put("crowd", {"prompt": "a crowd", "seconds": 0.5}))
+        answers.append(gateway.put("crowd", {"prompt": "a crowd"}))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
+    with holding(gateway.cwd, "a crowd"):
+        for thread in threads:
+            thread.start()
+        # Who came first waits for it; the others are told that it runs, as Cog does.
+        gateway.until(lambda: len(answers) == 7)
+        assert {answer.status_code for answer in answers} == {202}
     for thread in threads:
         thread.join()
 
-    statuses = [answer.status_code for answer in answers]
-    assert (
-        statuses.count(200) == 1
-    )  # who came first waits for it; the others are told that it runs, as Cog does
-    assert statuses.count(202) == 7
+    assert answers[-1].status_code == 200
     assert ended(gateway, "crowd")["status"] == "succeeded"
     assert times_run(journal, "a crowd") == 1
 
@@ -198,7 +199,8 @@ def test_what_is_no_request_is_refused(
 
 
 def test_an_asynchronous_one_is_accepted_and_can_be_asked_about(gateway: GatewayServer) -> None:
-    answer = gateway.put("later", {"prompt": "later", "seconds": 0.3}, headers=ASYNC)
+    with holding(gateway.cwd, "later"):
+        answer = gateway.put("later", {"prompt": "later"}, headers=ASYNC)
     assert answer.status_code == 202
     assert answer.json()["status"] in ("starting", "processing")
     assert ended(gateway, "later")["output"] == ["https://images.example/later-0.png"]
@@ -236,11 +238,18 @@ def test_events_of_a_finished_one_are_its_end(gateway: GatewayServer) -> None:
     assert again == [first[-1]]
 
 
-def test_who_comes_later_hears_it_from_the_first_event(gateway: GatewayServer) -> None:
-    gateway.put("joined", {"prompt": "join", "seconds": 0.5}, headers=ASYNC)
-    events = events_of(gateway.put("joined", {"prompt": "join", "seconds": 0.5}, headers=EVENTS))
-    assert events[0][0] == "start"
-    assert events[-1][1]["status"] == "succeeded"
+def test_who_comes_later_hears_it_from_the_first_event(
+    gateway: GatewayServer, journal: Path
+) -> None:
+    given = {"prompt": "join"}
+    with contextlib.ExitStack() as stack:
+        with holding(gateway.cwd, "join"):
+            gateway.put("joined", given, headers=ASYNC)
+            gateway.until(lambda: times_run(journal, "join") == 1)
+            lines = stack.enter_context(gateway.asking("joined", given))
+        told = list(lines)
+    completed = told[told.index("event: completed") + 1].removeprefix("data: ")
+    assert json.loads(completed)["status"] == "succeeded"
 
 
 def test_a_running_one_is_cancelled(gateway: GatewayServer) -> None:
@@ -275,15 +284,11 @@ def test_a_waiting_one_is_cancelled_and_never_runs(gateway: GatewayServer, journ
 
 
 def test_who_hangs_up_cancels_and_may_ask_again(gateway: GatewayServer, journal: Path) -> None:
-    given = {"prompt": "patience", "seconds": 1.0}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.put(
-            f"{gateway.url}/predictions/left",
-            json={"input": given},
-            timeout=0.3,
-            trust_env=False,
-        )
-    left = ended(gateway, "left")
+    given = {"prompt": "patience"}
+    with holding(gateway.cwd, "patience"):
+        with gateway.sent("left", given):
+            gateway.until(lambda: times_run(journal, "patience") == 1)
+        left = ended(gateway, "left")
     assert left["status"] == "canceled"
     assert "caller" in left["error"]
 

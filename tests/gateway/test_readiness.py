@@ -25,7 +25,7 @@ from demo.s3 import EmbeddedS3
 from gateway.keys import digest_of, new_key
 from images.prediction import record_name
 from tests.conftest import Buckets
-from tests.support.gateway_server import TIMEOUT_S, GatewayServer, free_port, small_runner
+from tests.support.gateway_server import TIMEOUT_S, GatewayServer, free_port, holding, small_runner
 
 KEY = new_key()
 
@@ -194,11 +194,13 @@ def test_a_setup_that_fails_is_told_to_who_may_know_and_tried_again(
 def test_a_killed_worker_s_predictions_and_those_in_line_are_made_by_the_next_one(
     environment: dict[str, str], runner: Path, callers: ThreadPoolExecutor
 ) -> None:
+    prompts = [f"{number}" for number in range(5)]
     with GatewayServer(environment, runner) as gateway, Probe(gateway.port) as probe:
-        asked = [callers.submit(post, gateway, f"{number}", seconds=0.5) for number in range(5)]
-        gateway.until(lambda: running(gateway, 2))
-        os.kill(gateway.worker_pid(), signal.SIGKILL)
-        gateway.until(lambda: not gateway.get("/ready").is_success)
+        with holding(runner, "probe", *prompts):
+            asked = [callers.submit(post, gateway, prompt) for prompt in prompts]
+            gateway.until(lambda: running(gateway, 2) and waiting(gateway, 4))
+            os.kill(gateway.worker_pid(), signal.SIGKILL)
+            gateway.until(lambda: not gateway.get("/ready").is_success)
         gateway.until(lambda: gateway.get("/ready").is_success)
         assert all(map(succeeded, asked))
         probe.end()
@@ -235,26 +237,26 @@ def test_what_runs_at_sigterm_is_finished_and_nothing_new_is_taken(
     buckets: Buckets,
 ) -> None:
     with GatewayServer(environment, runner) as gateway:
-        asked = callers.submit(gateway.put, "sync", {"prompt": "sync", "seconds": 3})
-        accepted = gateway.put(
-            "async", {"prompt": "async", "seconds": 3}, headers={"Prefer": "respond-async"}
-        )
-        gateway.until(lambda: running(gateway, 2))
-        in_line = callers.submit(gateway.put, "in-line", {"prompt": "in line"})
-        gateway.until(lambda: waiting(gateway, 1))
+        with holding(runner, "sync", "async"):
+            asked = callers.submit(gateway.put, "sync", {"prompt": "sync"})
+            accepted = gateway.put(
+                "async", {"prompt": "async"}, headers={"Prefer": "respond-async"}
+            )
+            gateway.until(lambda: running(gateway, 2))
+            in_line = callers.submit(gateway.put, "in-line", {"prompt": "in line"})
+            gateway.until(lambda: waiting(gateway, 1))
 
-        gateway.terminate()
-        gateway.until(lambda: not gateway.get("/ready").is_success)
-        ready, refused = gateway.get("/ready"), gateway.put("late", {"prompt": "late"})
-        state = gateway.get("/status").json()["state"]
-        assert gateway.get("/live").status_code == HTTPStatus.OK
-        joined = callers.submit(gateway.put, "sync", {"prompt": "sync", "seconds": 3})
-        assert not asked.done()
-        gateway.terminate()
+            gateway.terminate()
+            gateway.until(lambda: not gateway.get("/ready").is_success)
+            ready, refused = gateway.get("/ready"), gateway.put("late", {"prompt": "late"})
+            state = gateway.get("/status").json()["state"]
+            assert gateway.get("/live").status_code == HTTPStatus.OK
+            again = gateway.put("sync", {"prompt": "sync"})
+            assert not asked.done()
+            gateway.terminate()
 
         assert succeeded(asked)
         given_back = in_line.result(TIMEOUT_S)
-        again = joined.result(TIMEOUT_S)
         code = gateway.process.wait(TIMEOUT_S)
 
     assert accepted.status_code == HTTPStatus.ACCEPTED

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from http.client import HTTPConnection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +40,20 @@ def small_runner(folder: Path, runner: Path = RUNNER) -> Path:
     schema = generate(runner.read_text(encoding="utf-8"))
     (folder / ".cog" / "openapi_schema.json").write_text(json.dumps(schema), encoding="utf-8")
     return folder
+
+
+@contextlib.contextmanager
+def holding(folder: Path, *prompts: str) -> Iterator[None]:
+    """The runner in this folder, whichever server runs it, begins these and goes on when the block is over."""
+    marks = [folder / "held" / prompt for prompt in prompts]
+    (folder / "held").mkdir(exist_ok=True)
+    for mark in marks:
+        mark.touch(exist_ok=False)
+    try:
+        yield
+    finally:
+        for mark in marks:
+            mark.unlink()
 
 
 def free_port() -> int:
@@ -153,6 +168,32 @@ class GatewayServer:
             trust_env=False,
             **options,
         )
+
+    @contextlib.contextmanager
+    def asking(self, prediction_id: str, given: Mapping[str, Any]) -> Iterator[Iterator[str]]:
+        """A caller who has heard that it started, and hangs up at the block's end. Gives the lines still to come."""
+        with httpx.stream(
+            "PUT",
+            f"{self.url}/predictions/{prediction_id}",
+            json={"input": given},
+            headers={"Accept": "text/event-stream"},
+            timeout=TIMEOUT_S,
+            trust_env=False,
+        ) as answer:
+            lines = answer.iter_lines()  # held on to: they hang up when they are dropped
+            assert next(line for line in lines if line.startswith("event")) == "event: start"
+            yield lines
+
+    @contextlib.contextmanager
+    def sent(self, prediction_id: str, given: Mapping[str, Any]) -> Iterator[HTTPConnection]:
+        """A caller whose request was sent, who has not waited for the answer, and hangs up at the block's end."""
+        with contextlib.closing(
+            HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
+        ) as caller:
+            body = json.dumps({"input": given})
+            headers = {"Content-Type": "application/json"}
+            caller.request("PUT", f"/predictions/{prediction_id}", body, headers)
+            yield caller
 
     def cog_pid(self) -> int:
         """Of Cog's server, which leads a process group of its own."""
