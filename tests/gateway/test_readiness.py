@@ -200,7 +200,7 @@ def test_a_killed_worker_s_predictions_and_those_in_line_are_made_by_the_next_on
             asked = [callers.submit(post, gateway, prompt) for prompt in prompts]
             gateway.until(lambda: running(gateway, 2) and waiting(gateway, 4))
             os.kill(gateway.worker_pid(), signal.SIGKILL)
-            gateway.until(lambda: not gateway.get("/ready").is_success)
+            gateway.until(lambda: "Started again in 1 s." in gateway.logs)
         gateway.until(lambda: gateway.get("/ready").is_success)
         assert all(map(succeeded, asked))
         probe.end()
