@@ -149,14 +149,17 @@ def describe_source(source: Source | None) -> str | None:
 
 
 def environment(settings: StorageSettings, bucket: str, model_path: str) -> dict[str, str]:
-    """The variables of a deployment, less its keypair: that is the workload's own, and no publisher's."""
+    """The variables of a deployment, less its keypair: that is the workload's own, and no publisher's.
+
+    Publishing knows nothing of the bucket for images; for its name there is a placeholder.
+    """
     endpoint = {"AWS_ENDPOINT_URL_S3": settings.endpoint_url} if settings.endpoint_url else {}
     return {
         **endpoint,
         "AWS_REGION": settings.region or ("auto" if endpoint else "<region of the buckets>"),
         "MODEL_PATH": model_path,
         "MODEL_BUCKET_NAME": bucket,
-        "PUBLIC_BUCKET_NAME": "generated-images",
+        "PUBLIC_BUCKET_NAME": "<your image bucket>",
     }
 
 

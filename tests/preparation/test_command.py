@@ -54,7 +54,7 @@ def test_lightning_is_published_and_the_deployments_environment_is_printed(
         "AWS_REGION=auto",
         f"MODEL_PATH={LIGHTNING}",
         f"MODEL_BUCKET_NAME={bucket.name}",
-        "PUBLIC_BUCKET_NAME=generated-images",
+        "PUBLIC_BUCKET_NAME=<your image bucket>",
     ]
     assert s3.admin.access_key_id not in ran.out + ran.err
 

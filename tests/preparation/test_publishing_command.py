@@ -58,7 +58,7 @@ def test_the_document_tells_all_of_two_publications_and_what_was_pruned(
         "AWS_REGION": "auto",
         "MODEL_PATH": NAME,
         "MODEL_BUCKET_NAME": bucket.name,
-        "PUBLIC_BUCKET_NAME": "generated-images",
+        "PUBLIC_BUCKET_NAME": "<your image bucket>",
     }
     # when one file has changed
     change(folder)
