@@ -27,7 +27,7 @@ from gateway.connections import SECURITY_HEADERS
 from gateway.desk import Desk
 from gateway.documents import Documents
 from gateway.page import page_router
-from gateway.refusals import Refused
+from gateway.refusals import REASON, Refused
 from gateway.replicate import replicate_router
 from gateway.replicate_form import Models
 from gateway.replicate_models import replicate_models_router
@@ -54,7 +54,7 @@ class Parts:
 def build(parts: Parts) -> Any:
     """The ASGI application."""
     settings, desk = parts.settings, parts.desk
-    callers = Callers(settings.keys, settings.rate, desk.metrics)
+    callers = Callers(settings.keys, settings.rate)
     app = FastAPI(
         title="Lightning in a Bucket",
         docs_url=None,
@@ -139,6 +139,8 @@ class Observed:
                 route = getattr(scope.get("route"), "path", "").replace(":path}", "}")
                 span.answered(route, status)
                 self._desk.metrics.http(method, route, status, time.perf_counter() - started)
+                if REASON in scope:
+                    self._desk.metrics.refused(scope[REASON])
 
 
 def _metrics_router(desk: Desk, callers: Callers, parts: Parts) -> APIRouter:
@@ -160,16 +162,16 @@ def _metrics_router(desk: Desk, callers: Callers, parts: Parts) -> APIRouter:
 
 
 def image_origins(settings: GatewaySettings) -> list[str]:
-    """Where a browser gets the images from."""
-    if settings.public_base_url:
-        return [_origin(settings.public_base_url)]
+    """Where a browser gets the images from: those made before the bucket was public have signed URLs for ever."""
+    public = [_origin(settings.public_base_url)] if settings.public_base_url else []
     if settings.endpoint_url:
         parts = urlsplit(settings.endpoint_url)
         return [
+            *public,
             _origin(settings.endpoint_url),
             f"{parts.scheme}://{settings.image_bucket}.{parts.netloc}",
         ]
-    return ["https://*.amazonaws.com"]
+    return [*public, "https://*.amazonaws.com"]
 
 
 def _origin(url: str) -> str:
@@ -185,12 +187,14 @@ def _stopped() -> JSONResponse:
     )
 
 
-async def _refused(_: Request, refused: Refused) -> JSONResponse:
+async def _refused(request: Request, refused: Refused) -> JSONResponse:
+    request.scope[REASON] = refused.reason
     return JSONResponse({"detail": refused.detail}, refused.status, headers=refused.headers)
 
 
-async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     """A query or a path; without what was sent, which nobody needs back."""
+    request.scope[REASON] = "input"
     detail = [
         {"loc": list(one["loc"]), "msg": one["msg"], "type": one["type"]} for one in error.errors()
     ]

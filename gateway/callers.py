@@ -9,7 +9,6 @@ from fastapi import Request, Security
 from fastapi.security import HTTPBearer
 
 from gateway.keys import KeyName, Keys
-from gateway.metrics import Metrics
 from gateway.rates import Rate, RateLimits, network_of
 from gateway.refusals import Refused
 
@@ -20,10 +19,9 @@ Described = Annotated[Any, Security(HTTPBearer(scheme_name="key", auto_error=Fal
 class Callers:
     """Knows the keys. Without any, everybody may come in, and is counted by address."""
 
-    def __init__(self, keys: Keys, rate: Rate | None, metrics: Metrics) -> None:
+    def __init__(self, keys: Keys, rate: Rate | None) -> None:
         self._keys = keys
         self._rates = RateLimits(rate) if rate else None
-        self._metrics = metrics
 
     @property
     def need_key(self) -> bool:
@@ -46,7 +44,6 @@ class Callers:
             return None
         caller = self.known(request)
         if caller is None:
-            self._metrics.refused("no_key")
             given = request.headers.get("authorization")
             raise Refused(
                 HTTPStatus.UNAUTHORIZED,
@@ -65,7 +62,6 @@ class Callers:
             who = caller or network_of(request.client.host if request.client else "")
             wait = self._rates.take(who)
             if wait:
-                self._metrics.refused("rate_limit")
                 raise Refused(
                     HTTPStatus.TOO_MANY_REQUESTS,
                     "you have asked for more predictions than RATE_LIMIT_PER_MINUTE allows: wait, and ask again",

@@ -201,7 +201,9 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
     async def get(prediction_id: str) -> Response:
         answer = await desk.get(prediction_id)
         if answer is None:
-            raise Refused(HTTPStatus.NOT_FOUND, "there is no prediction of this id", reason="input")
+            raise Refused(
+                HTTPStatus.NOT_FOUND, "there is no prediction of this id", reason="unknown"
+            )
         return JSONResponse(answer)
 
     return router

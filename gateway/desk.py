@@ -139,8 +139,10 @@ class Desk:
             if running.prediction.record.input_sha256 != record.input_sha256:
                 raise another_input()
             if not running.is_leaving:
-                running.prediction.background |= wanted.background
-                await running.settled()
+                if wanted.background:
+                    await self._outliving(running)
+                else:
+                    await running.settled()
                 return running.prediction
             # Its last caller has just left; this one wants it after all, once it is out of the way. Its task, not its
             # end: a moment lies between them, in which this loop would turn for ever.
@@ -155,6 +157,8 @@ class Desk:
         run = Run(self, prediction, place, context=wanted.context, is_new=wanted.id is None)
         self._start(run)
         await run.settled()
+        if wanted.background:  # it may run elsewhere, for somebody who may leave
+            await self._outliving(run)
         return prediction
 
     async def get(self, prediction_id: str) -> dict[str, Any] | None:
@@ -237,21 +241,45 @@ class Desk:
         self._start(Run(self, prediction, self.line.join(), claimed=claimed))
 
     async def send_webhook(
-        self, webhook: Webhook, event: WebhookEvent, answer: dict[str, Any], number: int = 0
+        self,
+        record: PredictionRecord,
+        event: WebhookEvent,
+        answer: dict[str, Any],
+        number: int = 0,
     ) -> None:
-        """Tell a prediction's caller, and note it when that was the end of it."""
-        if event == "completed":
-            self._told[answer["id"], answer.get("completed_at")] = None
+        """Tell the caller of this record's prediction, and note how that goes when it is the end of it."""
+        if record.webhook is None:
+            return
+        completed_at = answer.get("completed_at")
+        end = None if completed_at is None else datetime.fromisoformat(completed_at)
+        is_end = event == "completed"
+        if is_end:
+            self._told[record.id, completed_at] = None
             while len(self._told) > MOST_TOLD:
                 del self._told[next(iter(self._told))]
-        with self.tracing.step("webhook", outward=True):
-            delivered = await self.webhooks.send(webhook.url, event, answer, number)
-        self.metrics.webhook(event, delivered)
-        if event == "completed" and delivered:
+
+        async def note(**told: datetime) -> None:
             try:
-                await self.ledger.webhook_sent(answer["id"])
+                await self.ledger.note_webhook(record.id, end, **told)
             except ImagesError as error:
-                _log.warning("a webhook was delivered, and may be sent again: %s", error)
+                _log.warning("a webhook may be sent again: %s", error)
+
+        async def note_patience(until: datetime) -> None:
+            await note(tried_until=until)
+
+        with self.tracing.step("webhook", outward=True):
+            delivered = await self.webhooks.send(
+                record.webhook.url,
+                event,
+                answer,
+                number,
+                rerun=record.reruns,
+                before_more=note_patience,
+            )
+        self.metrics.webhook(event, delivered)
+        if is_end:
+            now = datetime.now(UTC)
+            await (note(sent_at=now) if delivered else note(gave_up_at=now))
 
     def has_told(self, prediction_id: str, completed_at: datetime | None) -> bool:
         """Whether this end was told here, is being told, or was given up: not to be begun again by the sweep."""
@@ -303,6 +331,13 @@ class Desk:
 
         run.begin().add_done_callback(forget)
 
+    async def _outliving(self, running: Run) -> None:
+        """Once it goes on without its caller, and another gateway would find it. Raises Refused."""
+        try:
+            await running.outlive_callers()
+        except ImagesError as error:
+            raise self.bucket_refused(error) from error
+
     async def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
         """The input, if the model takes it. Before the model is there, nobody knows what it takes."""
         if self.status.serving and (
@@ -344,24 +379,24 @@ class Desk:
                 existing = Existing(stored, _same_input(stored, record))
                 return await self.earlier(existing, wanted.source)
         if self.draining:
-            raise self._refused(
+            raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "this server is about to stop and takes nothing new: ask again, another may answer",
-                "draining",
-                1.0,
+                reason="draining",
+                retry_after_s=1.0,
             )
         if not self.status.serving:
-            raise self._refused(
+            raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 f"the model is not ready ({self.status.state.value}): GET /ready says when it is",
-                "not_serving",
-                COME_BACK_S,
+                reason="not_serving",
+                retry_after_s=COME_BACK_S,
             )
-        raise self._refused(
+        raise Refused(
             HTTPStatus.TOO_MANY_REQUESTS,
             f"{self.waiting} predictions are waiting already, the most that may: try again later",
-            "queue_full",
-            self.line.advice_s,
+            reason="queue_full",
+            retry_after_s=self.line.advice_s,
         )
 
     async def earlier(self, existing: Existing, source: str = "cog") -> Prediction:
@@ -386,18 +421,12 @@ class Desk:
 
     def bucket_refused(self, error: ImagesError) -> Refused:
         _log.error("%s", error)
-        return self._refused(
+        return Refused(
             HTTPStatus.SERVICE_UNAVAILABLE,
             "the bucket that keeps predictions and images cannot be used at the moment; the server's log says why",
-            "bucket",
-            COME_BACK_S,
+            reason="bucket",
+            retry_after_s=COME_BACK_S,
         )
-
-    def _refused(
-        self, status: HTTPStatus, detail: str, reason: Any, retry_after_s: float
-    ) -> Refused:
-        self.metrics.refused(reason)
-        return Refused(status, detail, reason=reason, retry_after_s=retry_after_s)
 
 
 def _same_input(stored: Stored, record: PredictionRecord) -> bool:

@@ -53,11 +53,17 @@ class Inputs:
                 ]
             )
         if self._validator is not None:
-            wrong = [
-                told
-                for error in self._validator.iter_errors(known)
-                for told in problem(error.message, "input", *map(str, error.instance_path))
-            ]
+            try:
+                wrong = [
+                    told
+                    for error in self._validator.iter_errors(known)
+                    for told in problem(error.message, "input", *map(str, error.instance_path))
+                ]
+            except (
+                ValueError,
+                RecursionError,
+            ):  # JSON can spell both, and the library reads neither
+                wrong = problem("holds half a character, or is nested too deeply", "input")
             if wrong:
                 raise wrong_input(wrong)
         return known

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any, TypeVar, TypeVarTuple
 
 from images.errors import RecordError
@@ -50,6 +51,9 @@ class Ledger:
     async def renew(self, claimed: Claimed, **changes: Any) -> Claimed:
         return await _in_time(self._records.renew(claimed, **changes))
 
+    async def hand_back(self, claimed: Claimed, **changes: Any) -> None:
+        await _in_time(self._records.hand_back(claimed, **changes))
+
     async def finish(self, claimed: Claimed, status: Any, **what: Any) -> PredictionRecord:
         return await _in_time(self._records.finish(claimed, status, **what))
 
@@ -62,8 +66,13 @@ class Ledger:
     async def ask_to_cancel(self, prediction_id: str) -> bool:
         return await _in_time(self._records.ask_to_cancel(prediction_id))
 
-    async def webhook_sent(self, prediction_id: str) -> None:
-        await _in_time(self._records.webhook_sent(prediction_id))
+    async def ask_to_keep(self, prediction_id: str) -> bool:
+        return await _in_time(self._records.ask_to_keep(prediction_id))
+
+    async def note_webhook(
+        self, prediction_id: str, completed_at: datetime | None, **told: datetime
+    ) -> None:
+        await _in_time(self._records.note_webhook(prediction_id, completed_at, **told))
 
     async def with_fresh_urls(self, record: PredictionRecord) -> PredictionRecord:
         """The record with its URLs signed again: those in it end with their time. Raises ImagesError."""

@@ -77,7 +77,7 @@ class Metrics:
             "gateway_predictions_replayed", "Recorded results returned again, without the GPU."
         )
         self._refusals = self._counter(
-            "gateway_refusals", "Requests refused before they became predictions.", ("reason",)
+            "gateway_refusals", "Requests that were refused, by why.", ("reason",)
         )
         self._webhooks = self._counter(
             "gateway_webhooks", "Webhooks, tries of one counted once.", ("event", "outcome")

@@ -7,8 +7,19 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 Reason = Literal[
-    "input", "no_key", "rate_limit", "queue_full", "not_serving", "draining", "bucket", "conflict"
+    "input",
+    "unknown",
+    "no_key",
+    "rate_limit",
+    "queue_full",
+    "not_serving",
+    "draining",
+    "bucket",
+    "conflict",
+    "taken_over",
 ]
+# Where a request's scope has the reason, for whoever counts.
+REASON = "refused"
 
 
 class Refused(Exception):  # noqa: N818 - what it is called everywhere; it is an answer, not a fault
@@ -42,10 +53,12 @@ def wrong_input(detail: str | list[dict[str, Any]]) -> Refused:
 
 
 def another_input() -> Refused:
-    return wrong_input(
-        problem("this id was used for another input: use a new one for each prediction", "id")
-    )
+    return _taken("this id was used for another input: use a new one for each prediction")
 
 
 def used_before() -> Refused:
-    return wrong_input(problem("this id was used before: use a new one for each prediction", "id"))
+    return _taken("this id was used before: use a new one for each prediction")
+
+
+def _taken(message: str) -> Refused:
+    return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, problem(message, "id"), reason="conflict")

@@ -34,7 +34,7 @@ LONGEST_WAIT_S = 60
 PER_PAGE = 20  # each is a read from the bucket
 # A prediction that runs here ends a moment after it is cancelled, and its caller may see that.
 CANCELED_WITHIN_S = 5.0
-GOES_ON = ("draining", "conflict")
+GOES_ON = ("draining", "taken_over")
 
 
 class ReplicatePredictionRequest(BaseModel):
@@ -83,7 +83,9 @@ class Replicate:
         """Cog's answer. Raises Refused (404)."""
         answer = await self.desk.get(prediction_id)
         if answer is None:
-            raise Refused(HTTPStatus.NOT_FOUND, "there is no prediction of this id", reason="input")
+            raise Refused(
+                HTTPStatus.NOT_FOUND, "there is no prediction of this id", reason="unknown"
+            )
         return answer
 
     async def predict(

@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from gateway.refusals import Refused
+from gateway.refusals import REASON, Refused, wrong_input
 from gateway.state import ColdStartFile
 
 PROBLEM_TYPE = "application/problem+json"
@@ -69,7 +69,7 @@ class Models:
         raise Refused(
             HTTPStatus.NOT_FOUND,
             f"this server does not have that model: it has {self._choices()}",
-            reason="input",
+            reason="unknown",
         )
 
     def input_for(self, path: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -207,15 +207,16 @@ class ReplicateRoute(APIRoute):
         async def handle_or_refuse(request: Request) -> Response:
             try:
                 return await handle(request)
-            except Refused as refused:
-                return problem_answer(refused)
+            except Refused as error:
+                refused = error
             except RequestValidationError as error:
-                detail = [
-                    {"loc": list(one["loc"]), "msg": one["msg"], "type": one["type"]}
-                    for one in error.errors()
-                ]
-                return problem_answer(
-                    Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail, reason="input")
+                refused = wrong_input(
+                    [
+                        {"loc": list(one["loc"]), "msg": one["msg"], "type": one["type"]}
+                        for one in error.errors()
+                    ]
                 )
+            request.scope[REASON] = refused.reason
+            return problem_answer(refused)
 
         return handle_or_refuse

@@ -67,7 +67,7 @@ def replicate_models_router(
         for one in await versions_of(models.found(owner, name)):
             if one["id"] == version_id:
                 return JSONResponse(one)
-        raise Refused(HTTPStatus.NOT_FOUND, "this server has no such version", reason="input")
+        raise Refused(HTTPStatus.NOT_FOUND, "this server has no such version", reason="unknown")
 
     @router.get(
         "/account",

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from gateway.cog_client import CogBusyError, CogLostError, CogNeverBeganError
-from gateway.cog_status import State
 from gateway.event_stream import Event
+from gateway.generation import Generation, StoppedError
 from gateway.ledger import LEASE_S
 from gateway.line import LineFullError, Place
 from gateway.logs import bind_prediction
@@ -23,27 +22,20 @@ from gateway.recording import Recording
 from gateway.refusals import Refused, another_input, used_before
 from gateway.webhooks import WebhookEvent, due
 from images.errors import ImagesError, LostLeaseError
+from images.prediction import PredictionRecord
 from images.records import Claimed, Existing
 
 if TYPE_CHECKING:
     from gateway.desk import Desk
 
-# A worker that dies three times over one prediction dies of it, as likely as not.
-MOST_LOST = 3
 RENEW_S = LEASE_S / 3
 ENTER_WITHIN_S = 1.0  # whatever the model tells of itself
 LOOK_ELSEWHERE_S = 1.0
 LOGS_EVERY_S = 0.5  # as Cog does
-FIRST_BUSY_PAUSE_S = 0.02
-LONGEST_BUSY_PAUSE_S = 1.0
 
 _MISTAKE = "the server made a mistake; its log says which"
 
 _log = logging.getLogger(__name__)
-
-
-class _StoppedError(Exception):
-    """Cog's server will not come back."""
 
 
 class Run:
@@ -65,6 +57,7 @@ class Run:
         claimed: Claimed | None = None,
     ) -> None:
         self.prediction = prediction
+        self._asked = prediction.record
         self.is_elsewhere = False
         self.has_begun = False
         self.task: asyncio.Task[None]
@@ -100,6 +93,29 @@ class Run:
         await self._settled.wait()
         if self.prediction.refusal is not None:
             raise self.prediction.refusal
+
+    async def outlive_callers(self) -> None:
+        """Have it go on without its callers; when this returns, a gateway that comes after this one would find it.
+
+        Raises ImagesError, and Refused as `settled` does.
+        """
+        prediction, ledger = self.prediction, self._desk.ledger
+        prediction.background = True
+        await self.settled()
+        if self.is_elsewhere:
+            await ledger.ask_to_keep(prediction.id)
+            return
+        if self._claiming is not None:
+            self._claimed = self._owned(await asyncio.shield(self._claiming))
+        claimed = self._claimed
+        if claimed is None or prediction.finished:
+            return
+        if not self._is_entered:
+            await ledger.enter(claimed.record)
+            self._is_entered = True
+        if not claimed.record.background:
+            with suppress(LostLeaseError):  # it is recorded already, or another's
+                self._claimed = await ledger.renew(claimed, background=True)
 
     def leave(self, why: Leaving) -> None:
         """End it. The first reason counts."""
@@ -159,7 +175,7 @@ class Run:
     async def _claim(self) -> bool:
         """Whether it is this gateway's to generate; if not, the prediction is what the record says."""
         record = self.prediction.record
-        claiming = self._desk.ledger.claim(record)
+        claiming = self._claim_as(record)
         if self._is_new and not self.prediction.background:
             self._claiming = asyncio.create_task(claiming)
             return True
@@ -176,15 +192,22 @@ class Run:
                 return False
             found = owned
         self._claimed = found
+        # An id that was used before has a past, and the record of it counts.
+        self.prediction.record = found.record
+        self.prediction.background |= found.record.background
         if self.prediction.background:
             # Whoever is answered "accepted" can count on it: a gateway that comes after this one has to find it.
             self._is_entered = True
             try:
-                await self._desk.ledger.enter(self.prediction.record)
+                await self._desk.ledger.enter(found.record)
             except ImagesError:
                 await self._hand_back()
                 raise
         return True
+
+    async def _claim_as(self, record: PredictionRecord) -> Claimed | Existing:
+        with self._desk.tracing.step("claim"):
+            return await self._desk.ledger.claim(record)
 
     async def _follow(self, found: Existing) -> Claimed | None:
         """Until it is finished wherever it runs, or nobody's any more: then it is claimed."""
@@ -219,7 +242,7 @@ class Run:
         except LineFullError:
             return None
         try:
-            found = await self._desk.ledger.claim(self.prediction.record)
+            found = await self._claim_as(self._asked)
         except BaseException:
             self._desk.line.leave(place)
             raise
@@ -267,13 +290,13 @@ class Run:
                 self.leave(Leaving.ASKED)
                 return
             await asyncio.sleep(RENEW_S)
-            now = {
+            now: dict[str, Any] = {
                 "status": "processing" if self.prediction.status == "processing" else "starting",
                 "started_at": self.prediction.started_at,
-                "background": self.prediction.background,  # which somebody may want by now
             }
             try:
                 self._claimed = await self._desk.ledger.renew(self._claimed, **now)
+                self.prediction.background |= self._claimed.record.background
             except LostLeaseError as error:
                 _log.warning("%s", error)
                 self.leave(Leaving.TAKEN_OVER)
@@ -299,7 +322,7 @@ class Run:
         if not work.cancelled() and (failure := work.exception()) is not None:
             if isinstance(failure, Refused):
                 return failure
-            if isinstance(failure, _StoppedError):
+            if isinstance(failure, StoppedError):
                 self._leaving = Leaving.STOPPING
             else:  # it is recorded as what its callers are told: nobody is to make it again
                 _log.error("unexpected error", exc_info=failure)
@@ -311,50 +334,11 @@ class Run:
         place = self._place
         if place is None:
             raise RuntimeError("it has no place in line")
-        lost, pause = 0, FIRST_BUSY_PAUSE_S
         with desk.tracing.step("queue"):
             await place.turn.wait()
         with desk.line.timed():
             self.has_begun, self._begun_at = True, self._now()
-            while True:
-                await self._serving()
-                started = False
-                try:
-                    with desk.tracing.step("generation", outward=True) as span:
-                        events = desk.client.predict(
-                            prediction.id, prediction.record.input, self._context
-                        )
-                        async with aclosing(events) as stream:  # type: ignore[type-var]
-                            async for event in stream:
-                                if event.name == "completed":
-                                    self._completed(event)
-                                    span.generated({**event.data, "status": prediction.status})
-                                    return
-                                started = True
-                                self._hear(event)
-                except CogBusyError:
-                    pass
-                except CogLostError as error:
-                    lost += started and not isinstance(error, CogNeverBeganError)
-                    if lost >= MOST_LOST:
-                        prediction.finish(
-                            "failed",
-                            error=f"the model's process died {lost} times while it made this: the log says how",
-                        )
-                        return
-                    if started:
-                        _log.warning("%s: the prediction begins anew", error)
-                        prediction.begin_again()
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_BUSY_PAUSE_S)
-
-    async def _serving(self) -> None:
-        """Until Cog's server serves. Raises _StoppedError when it will not any more."""
-        status = self._desk.cog.status
-        while not status.serving:
-            if status.state is State.STOPPED:
-                raise _StoppedError
-            status = await self._desk.cog.wait_for_change(status)
+            await Generation(desk, prediction, self._context, self._hear).run()
 
     def _hear(self, event: Event) -> None:
         if event.name != "start":  # while the runner is being called, the cores are for it
@@ -369,17 +353,6 @@ class Run:
             case "log" if self._now() - self._logs_told_at >= LOGS_EVERY_S:
                 self._logs_told_at = self._now()
                 self._tell("logs", len(self.prediction.logs))
-
-    def _completed(self, event: Event) -> None:
-        told = event.data
-        status = told.get("status")
-        self.prediction.finish(
-            status if status in ("succeeded", "failed", "canceled") else "failed",
-            output=told.get("output"),
-            error=told.get("error"),
-            metrics=told.get("metrics") or {},
-            logs=told.get("logs"),
-        )
 
     # What came of it.
 
@@ -449,7 +422,7 @@ class Run:
             self.prediction.refusal = Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "another server has taken this prediction over: ask for it there, with GET or the same PUT",
-                reason="conflict",
+                reason="taken_over",
                 retry_after_s=1.0,
             )
 
@@ -462,17 +435,15 @@ class Run:
         """To whichever gateway looks first: it need not wait for the lease's end."""
         if self._claimed is not None:
             try:
-                await self._desk.ledger.renew(
-                    self._claimed, lease_seconds=0.0, status="starting", background=True
-                )
+                await self._desk.ledger.hand_back(self._claimed, status="starting", background=True)
             except ImagesError as error:
                 _log.warning("the prediction is taken over only when its lease is over: %s", error)
 
     def _tell(self, event: WebhookEvent, number: int = 0) -> None:
-        webhook = self.prediction.record.webhook
-        if webhook is not None and due(webhook, event):
+        record = self.prediction.record
+        if record.webhook is not None and due(record.webhook, event):
             self._desk.in_background(
-                self._desk.send_webhook(webhook, event, self.prediction.answer(), number)
+                self._desk.send_webhook(record, event, self.prediction.answer(), number)
             )
 
     def _measure(self) -> None:

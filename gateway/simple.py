@@ -23,6 +23,9 @@ from gateway.waiting import until_end
 from images.errors import ImagesError
 from images.store import ReadImage
 
+# Its caller has hung up, so only metrics and traces see it: nginx's number for that.
+CLIENT_CLOSED_REQUEST = 499
+
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +51,8 @@ def simple_router(desk: Desk, callers: Callers) -> APIRouter:
         given = _inputs(await read_json(request))
         prediction = await desk.submit(Wanted(given, caller=caller, source="predict"))
         await until_end(desk, prediction, request)
+        if prediction.completed_at is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         if prediction.status != "succeeded":
             return _not_made(prediction)
         urls = prediction.output if isinstance(prediction.output, list) else [prediction.output]

@@ -25,7 +25,7 @@ PAGE = 100
 MOST_PAGES = 50
 # A prediction nobody waits for any more is not made; its caller may come back for it until then.
 NOBODY_CAME_S = 600.0
-# Whoever finished it is telling its caller at this moment, and goes on for some minutes; it says when it is done.
+# Whoever finished it is telling its caller at this moment, and says when that is done, or will take longer.
 WEBHOOK_LEFT_S = 90.0
 MOST_ATTEMPTS = 3
 
@@ -96,7 +96,7 @@ class Sweep:
                     await self._take_over(stored)
                 elif stored.age > record.lease_seconds + NOBODY_CAME_S:
                     await self._end(stored, "canceled", "its server ended before it was finished")
-            elif stored.record.webhook_due and stored.age > self._webhook_left_s:
+            elif record.webhook_due and stored.age > self._webhook_left_s:
                 await self._tell(stored)
         except (LostLeaseError, Refused) as error:
             # Of this one; the others are not to wait for it.
@@ -109,9 +109,11 @@ class Sweep:
 
     async def _tell(self, stored: Stored) -> None:
         webhook = stored.record.webhook
-        if webhook is not None and not self._is_told(stored):
-            answer = await self._desk.answer_of(stored)
-            self._desk.in_background(self._desk.send_webhook(webhook, "completed", answer))
+        until = None if webhook is None else webhook.tried_until
+        if self._is_told(stored) or (until is not None and datetime.now(UTC) < until):
+            return
+        answer = await self._desk.answer_of(stored)
+        self._desk.in_background(self._desk.send_webhook(stored.record, "completed", answer))
 
     def _is_told(self, stored: Stored) -> bool:
         return self._desk.has_told(stored.record.id, stored.record.completed_at)
@@ -132,7 +134,7 @@ class Sweep:
             try:
                 self._desk.adopt(found)
             except LineFullError:
-                await self._desk.ledger.renew(found, lease_seconds=0.0)
+                await self._desk.ledger.hand_back(found)
 
     async def _end(self, stored: Stored, status: str, error: str) -> None:
         found = await self._desk.ledger.claim(stored.record)

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from gateway.desk import Desk
 from gateway.event_stream import CONTENT_TYPE, KEEP_ALIVE, Event
 from gateway.prediction import Prediction
+from gateway.refusals import REASON
 
 KEEP_ALIVE_S = 15.0
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -60,7 +61,9 @@ async def _encoded(
                 )
                 if coming.done():
                     event = coming.result()
-                    if event is None or (event.name == "completed" and _must_ask_again(prediction)):
+                    if event is None or (
+                        event.name == "completed" and _must_ask_again(prediction, request)
+                    ):
                         return
                     if encoded := encode(event):
                         yield encoded
@@ -76,10 +79,13 @@ async def _encoded(
                 await coming
 
 
-def _must_ask_again(prediction: Prediction) -> bool:
+def _must_ask_again(prediction: Prediction, request: Request) -> bool:
     """Whether who waits for an answer is refused for now. A stream has its status already: it ends, and says no end."""
     refusal = prediction.refusal
-    return refusal is not None and refusal.status == HTTPStatus.SERVICE_UNAVAILABLE
+    if refusal is None or refusal.status != HTTPStatus.SERVICE_UNAVAILABLE:
+        return False
+    request.scope[REASON] = refusal.reason
+    return True
 
 
 async def _hung_up(request: Request) -> None:

@@ -15,9 +15,9 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final, Literal
@@ -35,6 +35,7 @@ SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - the standard's own, by which sca
 SECRET_BYTES: Final = range(24, 65)
 LONGEST_URL: Final = 4096
 RESOLVED_WITHIN_S: Final = 5.0
+NOTED_LATE_S: Final = 15.0  # by a slow bucket, or another clock
 LONGEST_REASON: Final = 200
 USER_AGENT: Final = "lightning-in-a-bucket"
 
@@ -123,14 +124,22 @@ class Webhooks:
         self._patience = patience
 
     async def send(
-        self, url: str, event: WebhookEvent, answer: dict[str, Any], number: int = 0
+        self,
+        url: str,
+        event: WebhookEvent,
+        answer: dict[str, Any],
+        number: int = 0,
+        *,
+        rerun: int = 0,
+        before_more: Callable[[datetime], Awaitable[None]] | None = None,
     ) -> bool:
         """Whether the receiver has taken it (2xx). `completed` is tried again while that may help, the others are not.
 
-        `number` tells messages apart that share prediction and event; the same three are the same message to whoever
-        receives it, after a restart too. Raises nothing but CancelledError.
+        `number` tells messages apart that share prediction and event, and `rerun` those of a prediction that was begun
+        anew after an end; the same four are the same message to whoever receives it, after a restart too. Before each
+        pause, `before_more` hears when the attempt after it is over. Raises nothing but CancelledError.
         """
-        name = message_id(str(answer.get("id")), event, number)
+        name = message_id(str(answer.get("id")), event, number, rerun)
         try:
             # Escaped to ASCII, so that half a character, which JSON can spell and UTF-8 cannot, arrives too.
             body = json.dumps(answer, allow_nan=False, separators=(",", ":"))
@@ -139,13 +148,18 @@ class Webhooks:
             _log.warning("The webhook %s cannot be sent: %s.", name, error)
             return False
         try:
-            return await self._deliver(message, final=event == "completed")
+            return await self._deliver(message, event == "completed", before_more)
         except Exception:  # noqa: BLE001 - logged with its traceback
             # A prediction's end must not fail because the news of it did.
             _log.exception("The %s was not delivered, through a fault of this program.", message)
             return False
 
-    async def _deliver(self, message: _Message, *, final: bool) -> bool:
+    async def _deliver(
+        self,
+        message: _Message,
+        final: bool,
+        before_more: Callable[[datetime], Awaitable[None]] | None,
+    ) -> bool:
         attempts = self._patience.attempts if final else 1
         clock = asyncio.get_running_loop().time
         last_start = clock() + self._patience.give_up_after_s
@@ -168,6 +182,9 @@ class Webhooks:
                 attempts,
                 pause,
             )
+            if before_more is not None:
+                next_over = pause + self._patience.attempt_s + NOTED_LATE_S
+                await before_more(datetime.now(UTC) + timedelta(seconds=next_over))
             await asyncio.sleep(pause)
         if final:
             _log.warning(
@@ -282,7 +299,7 @@ def check_auth_token(value: str) -> None:
         )
 
 
-def message_id(prediction_id: str, event: WebhookEvent, number: int) -> str:
+def message_id(prediction_id: str, event: WebhookEvent, number: int, rerun: int = 0) -> str:
     """The `webhook-id`: one for each message, and the same whenever and wherever that is sent again.
 
     The prediction's id stands in it where that is short and plain, and its SHA-256 otherwise. Dots are not plain: they
@@ -291,7 +308,7 @@ def message_id(prediction_id: str, event: WebhookEvent, number: int) -> str:
     name = prediction_id
     if not _PLAIN_ID.fullmatch(name):
         name = "sha256-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{name}-{event}-{number}"
+    return f"{name}-{event}-{number}" + (f"-{rerun}" if rerun else "")
 
 
 def retry_after_s(header: str | None, now: datetime) -> float:
@@ -301,7 +318,7 @@ def retry_after_s(header: str | None, now: datetime) -> float:
         return float(text)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for a year that there is not
         return 0.0
     # One that names no zone is in UTC, as all dates of HTTP are.
     return max((date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds(), 0.0)

@@ -63,6 +63,14 @@ class Webhook(_Document):
     events_filter: tuple[str, ...] | None = None
     sent_at: Moment | None = None
     """When the caller was told of the end; None: not yet."""
+    gave_up_at: Moment | None = None
+    """When telling of the end was given up, for good."""
+    tried_until: Moment | None = None
+    """Until then a replica tries again and again to tell of the end: others need not."""
+
+    def untold(self) -> Webhook:
+        """The same for another end, of which nobody was told."""
+        return self.model_copy(update={"sent_at": None, "gave_up_at": None, "tried_until": None})
 
 
 class PredictionRecord(_Document):
@@ -86,7 +94,9 @@ class PredictionRecord(_Document):
     claim: str = ""
     """Random, new with every claim: two claims by one replica are two."""
     attempts: int = Field(0, ge=0)
-    """How often it was claimed: more than once when a replica died over it."""
+    """How often it was claimed and not given back: more than once when a replica died over it."""
+    reruns: int = Field(0, ge=0)
+    """How often it was begun anew after an end that let it (`may_run_again`): each of them is an end of its own."""
     lease_seconds: float = Field(0, ge=0, allow_inf_nan=False)
     """How long after the record was last written others take its owner to be alive."""
     background: bool = False
@@ -127,7 +137,7 @@ class PredictionRecord(_Document):
     def webhook_due(self) -> bool:
         """Finished, and its caller not told: by its owner in a moment, or by another where that one has died."""
         webhook = self.webhook
-        if not self.finished or webhook is None or webhook.sent_at is not None:
+        if not self.finished or webhook is None or webhook.sent_at or webhook.gave_up_at:
             return False
         return webhook.events_filter is None or "completed" in webhook.events_filter
 

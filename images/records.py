@@ -26,7 +26,7 @@ from images.prediction import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from pydantic import JsonValue
 
@@ -114,8 +114,8 @@ class RecordStore:
         """Make the prediction the caller's if it is nobody's, of somebody who was not heard of for too long, or may run
         again.
 
-        Exactly one of many wins. What is taken over keeps its time of creation, and takes the new webhook if there is
-        one; with another input than the recorded one it is not taken over.
+        Exactly one of many wins. What is taken over has the time of creation of who takes it (`enter` it there), and
+        the new webhook if there is one; with another input than the recorded one it is not taken over.
         """
         key, mine = self.key(record.id), self._claimed_by_me(record, lease_seconds, record)
         for _ in range(_ATTEMPTS):
@@ -153,6 +153,14 @@ class RecordStore:
             changes["lease_seconds"] = lease_seconds
         return await self._change(claimed, changes)
 
+    async def hand_back(self, claimed: Claimed, **changes: Any) -> None:
+        """Let another have it at once. Whoever gives back has not died over it: `attempts` counts who did.
+
+        Raises LostLeaseError as `renew` does.
+        """
+        attempts = claimed.record.attempts - 1
+        await self._change(claimed, {"lease_seconds": 0.0, "attempts": attempts, **changes})
+
     async def finish(
         self,
         claimed: Claimed,
@@ -188,37 +196,36 @@ class RecordStore:
 
     async def ask_to_cancel(self, prediction_id: str) -> bool:
         """Leave word for whoever owns it; False where there is none, or it is finished. One GET and one PUT."""
-        key = self.key(prediction_id)
-        for _ in range(_ATTEMPTS):
-            stored = await self.get(prediction_id)
-            if stored is None or stored.record.finished:
-                return False
-            try:
-                data = stored.record.changed(cancel_requested=True).dump()
-                await self._documents.replace(key, data, stored.etag)
-            except ChangedError:
-                continue
-            return True
-        raise self._contended(key)
 
-    async def webhook_sent(self, prediction_id: str, sent_at: datetime | None = None) -> None:
-        """Note that the caller was told of the end: all that changes in a finished record. One GET and one PUT.
+        def canceled(record: PredictionRecord) -> PredictionRecord | None:
+            return None if record.finished else record.changed(cancel_requested=True)
 
-        Two replicas may still tell of one end: what they send has to carry the prediction's id.
+        return await self._rewrite(prediction_id, canceled)
+
+    async def ask_to_keep(self, prediction_id: str) -> bool:
+        """Leave word that it is to go on without its caller (`background`); False where none is needed, or possible."""
+
+        def kept(record: PredictionRecord) -> PredictionRecord | None:
+            is_said = record.finished or record.background
+            return None if is_said else record.changed(background=True)
+
+        return await self._rewrite(prediction_id, kept)
+
+    async def note_webhook(
+        self, prediction_id: str, completed_at: datetime | None, **told: datetime
+    ) -> None:
+        """Note how far its caller is told of this end (`sent_at`, `gave_up_at`, `tried_until`). One GET and one PUT.
+
+        It is all that changes in a finished record; of an end that was told, or of another, nothing is noted. Two
+        replicas may still tell of one end: what they send has to carry the prediction's id.
         """
-        key, moment = self.key(prediction_id), sent_at or datetime.now(UTC)
-        for _ in range(_ATTEMPTS):
-            stored = await self.get(prediction_id)
-            if stored is None or not stored.record.webhook_due or stored.record.webhook is None:
-                return
-            webhook = {**dict(stored.record.webhook), "sent_at": moment}
-            try:
-                data = stored.record.changed(webhook=webhook).dump()
-                await self._documents.replace(key, data, stored.etag)
-            except ChangedError:
-                continue
-            return
-        raise self._contended(key)
+
+        def noted(record: PredictionRecord) -> PredictionRecord | None:
+            if not record.webhook_due or record.completed_at != completed_at:
+                return None
+            return record.changed(webhook={**dict(record.webhook or {}), **told})
+
+        await self._rewrite(prediction_id, noted)
 
     async def get(self, prediction_id: str) -> Stored | None:
         """The id's record, or None where there is none."""
@@ -299,11 +306,15 @@ class RecordStore:
         self, found: PredictionRecord, lease_seconds: float, asked: PredictionRecord
     ) -> PredictionRecord:
         # Not checked again: `found` was, and the rest is of our own making.
+        webhook = asked.webhook or found.webhook
         return found.model_copy(
             update={
+                "created_at": asked.created_at,
                 "owner": self.owner,
                 "claim": secrets.token_hex(16),
-                "attempts": found.attempts + 1,
+                # What ended and may run again has killed nobody.
+                "attempts": 1 if found.may_run_again else found.attempts + 1,
+                "reruns": found.reruns + found.may_run_again,
                 "lease_seconds": lease_seconds,
                 "status": "starting",
                 "output": None,
@@ -312,12 +323,31 @@ class RecordStore:
                 "logs": "",
                 "started_at": None,
                 "completed_at": None,
-                "webhook": asked.webhook or found.webhook,
-                "background": asked.background or found.background,
+                "webhook": webhook and webhook.untold(),
+                "background": asked.background or (found.background and not found.finished),
                 "cancel_requested": found.cancel_requested and not found.finished,
                 "may_run_again": False,
             }
         )
+
+    async def _rewrite(
+        self,
+        prediction_id: str,
+        change: Callable[[PredictionRecord], PredictionRecord | None],
+    ) -> bool:
+        """Change a record whoever owns it; False where there is none, or `change` gives None."""
+        key = self.key(prediction_id)
+        for _ in range(_ATTEMPTS):
+            stored = await self.get(prediction_id)
+            changed = None if stored is None else change(stored.record)
+            if stored is None or changed is None:
+                return False
+            try:
+                await self._documents.replace(key, changed.dump(), stored.etag)
+            except ChangedError:
+                continue
+            return True
+        raise self._contended(key)
 
     async def _change(self, claimed: Claimed, changes: dict[str, Any]) -> Claimed:
         """Write changes if the claim still holds. Renewing and finishing may happen at once."""

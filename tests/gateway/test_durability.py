@@ -209,6 +209,80 @@ def test_what_a_dead_gateway_left_is_made_where_nobody_needs_to_wait_for_it(
     assert runs(journal, "orphan") == runs(journal, "deserted") == 1
 
 
+def test_what_several_gateways_handed_back_has_ended_none_of_them_and_is_made(
+    environment: dict[str, str], runner_folder: Path, journal: Path, records: BlockingRecords
+) -> None:
+    record = PredictionRecord.of(
+        "rolled", {"prompt": "rolled"}, created_at=datetime.now(UTC), background=True
+    )
+    for _ in range(5):
+        claimed = records.claim(record)
+        assert isinstance(claimed, Claimed)
+        records.hand_back(claimed)
+    records.enter(record)
+    with GatewayServer(environment, runner_folder) as gateway:
+        assert until_over(gateway, "rolled")["status"] == "succeeded"
+    assert runs(journal, "rolled") == 1
+
+
+def test_what_is_asked_for_again_is_in_the_list_where_its_answer_says(
+    environment: dict[str, str], runner_folder: Path, records: BlockingRecords
+) -> None:
+    # Its gateway died before it was entered.
+    died = PredictionRecord.of(
+        "again", {"prompt": "again"}, created_at=datetime(2026, 1, 2, tzinfo=UTC)
+    )
+    assert isinstance(records.claim(died, lease_seconds=0.0), Claimed)
+    with GatewayServer(environment, runner_folder) as gateway:
+        accepted = gateway.put("again", {"prompt": "again"}, headers=ASYNC)
+        assert accepted.status_code == 202
+        over = until_over(gateway, "again")
+        listed = gateway.get("/predictions").json()["predictions"]
+    assert listed == [over]
+    assert over["created_at"] == accepted.json()["created_at"] > "2026-01-02"
+
+
+def test_every_end_of_a_prediction_is_told_under_an_id_of_its_own(
+    environment: dict[str, str], runner_folder: Path
+) -> None:
+    hasty = {**environment, "PREDICTION_TIMEOUT_SECONDS": "2"}
+    with receiver() as hook, GatewayServer(hasty, runner_folder) as gateway:
+        fields = {"webhook": hook.url, "webhook_events_filter": ["completed"]}
+        with holding(runner_folder, "ends twice"):
+            first = gateway.put("twice", {"prompt": "ends twice"}, fields=fields)
+        second = gateway.put("twice", {"prompt": "ends twice"})
+        messages = hook.wait_for(2)
+    assert (first.json()["status"], second.json()["status"]) == ("failed", "succeeded")
+    told = {message.id: message.answer["status"] for message in messages}
+    assert told == {"twice-completed-0": "failed", "twice-completed-0-1": "succeeded"}
+
+
+def test_who_is_told_that_it_goes_on_can_count_on_it_though_others_asked_first(
+    environment: dict[str, str],
+    runner_folder: Path,
+    journal: Path,
+    records: BlockingRecords,
+) -> None:
+    with (
+        GatewayServer(environment, runner_folder) as one,
+        GatewayServer(environment, runner_folder) as other,
+        ThreadPoolExecutor(2) as callers,
+    ):
+        with holding(runner_folder, "here", "there"):
+            waiting = [
+                callers.submit(one.put, name, {"prompt": name}) for name in ("here", "there")
+            ]
+            one.until(lambda: runs(journal, "here") + runs(journal, "there") == 2)
+            for gateway, name in ((one, "here"), (other, "there")):
+                assert gateway.put(name, {"prompt": name}, headers=ASYNC).status_code == 202
+                # Were its gateway killed now, this is what another would find.
+                stored = records.get(name)
+                assert stored is not None
+                assert stored.record.background
+                assert name in {at.record.id for at in records.recent(10).stored}
+        assert [asked.result(TIMEOUT_S).json()["status"] for asked in waiting] == ["succeeded"] * 2
+
+
 def test_what_has_ended_several_gateways_is_not_tried_again_and_its_caller_told(
     environment: dict[str, str], runner_folder: Path, journal: Path, records: BlockingRecords
 ) -> None:

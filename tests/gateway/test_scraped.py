@@ -43,6 +43,14 @@ def test_what_the_gateway_does_arrives_at_prometheus(
             gateway.put("counted", {"prompt": "counted", "num_outputs": 2}, headers=authorized)
         gateway.put("failed", {"prompt": "fail"}, headers=authorized)
         assert gateway.put("stranger", {"prompt": "x"}).status_code == 401
+        refused = [
+            gateway.put("counted", {"prompt": "another"}, headers=authorized),
+            gateway.put("no-prompt", {}, headers=authorized),
+            gateway.get("/predictions/nobody-knows", headers=authorized),
+            gateway.get("/v1/predictions/nobody-knows", headers=authorized),
+            gateway.get("/predictions?limit=none", headers=authorized),
+        ]
+        assert [answer.status_code for answer in refused] == [422, 422, 404, 404, 422]
 
         with prometheus(configured_for(gateway, key, tmp_path), tmp_path) as server:
             server.until(lambda: server.value('gateway_state{state="ready"}') == 1)
@@ -52,6 +60,9 @@ def test_what_the_gateway_does_arrives_at_prometheus(
                 "gateway_predictions_replayed_total": 1,
                 "gateway_images_total": 2,
                 'gateway_refusals_total{reason="no_key"}': 1,
+                'gateway_refusals_total{reason="conflict"}': 1,
+                'gateway_refusals_total{reason="input"}': 2,
+                'gateway_refusals_total{reason="unknown"}': 2,
                 'gateway_http_requests_total{method="PUT",route="/predictions/{prediction_id}",status="200"}': 3,
                 'gateway_prediction_stage_seconds_count{stage="denoise"}': 1,
             }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import io
+import json
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,10 @@ import pytest
 from PIL import Image
 
 from demo.s3 import EmbeddedS3
-from tests.support.gateway_server import GatewayServer
+from tests.support.gateway_server import GatewayServer, holding
 
 BUCKET = "simple-images"
+JSON = {"Content-Type": "application/json"}
 FOXES = {"prompt": "fox", "num_outputs": 2, "seed": 5}
 
 
@@ -74,19 +79,20 @@ def test_images_behind_a_public_address_are_read_from_the_bucket(
         ([], 422),
         ({"input": "fox"}, 422),
         ("a fox", 422),
+        ({"prompt": "fox", "num_outputs": "\ud800"}, 422),
+        ({"prompt": functools.reduce(lambda inner, _: [inner], range(300), "fox")}, 422),
     ],
+    ids=["nothing", "negative", "list", "no object", "text", "half a character", "deep"],
 )
 def test_a_wrong_body_is_refused(gateway: GatewayServer, body: Any, status: int) -> None:
-    answer = gateway.post("/predict", json=body)
+    answer = gateway.post("/predict", content=json.dumps(body), headers=JSON)
 
     assert answer.status_code == status
     assert answer.json()["detail"]
 
 
 def test_a_body_that_is_no_json_is_refused(gateway: GatewayServer) -> None:
-    headers = {"Content-Type": "application/json"}
-
-    assert gateway.post("/predict", content=b"a fox", headers=headers).status_code == 400
+    assert gateway.post("/predict", content=b"a fox", headers=JSON).status_code == 400
 
 
 def test_a_failed_prediction_is_an_error_with_its_words(gateway: GatewayServer) -> None:
@@ -95,6 +101,15 @@ def test_a_failed_prediction_is_an_error_with_its_words(gateway: GatewayServer) 
     assert answer.status_code == 500
     assert "cannot do that" in answer.json()["detail"]
     assert gateway.get(f"/predictions/{answer.json()['id']}").json()["status"] == "failed"
+
+
+def test_who_hangs_up_is_no_fault_of_the_server(gateway: GatewayServer) -> None:
+    body = json.dumps({"prompt": "left"})
+    with holding(gateway.cwd, "left"):
+        with contextlib.closing(HTTPConnection("127.0.0.1", gateway.port)) as caller:
+            caller.request("POST", "/predict", body, JSON)
+            gateway.until(lambda: "running left" in gateway.logs)
+        gateway.until(lambda: 'route="/predict",status="499"} 1.0' in gateway.get("/metrics").text)
 
 
 def test_output_that_is_no_image_of_the_bucket_is_not_fetched(

@@ -105,6 +105,30 @@ def test_who_wants_to_hear_no_more_is_not_told_at_every_look(
                 await until(lambda: len(told(later)) > 1)
             assert told(gone) == ["gone"]
             assert told(later) == ["later", "last"]
+            # Nor by a gateway that comes after.
+            assert _record(records, "gone").settled
+            async with sweeping(s3, bucket):
+                ended(records, "newest", webhook=Webhook(url=later.url))
+                await until(lambda: len(told(later)) > 2)
+            assert told(gone) == ["gone"]
+
+    run(test)
+
+
+def test_who_is_being_told_by_another_is_left_to_it_until_it_falls_silent(
+    s3: EmbeddedS3, bucket: str, records: BlockingRecords
+) -> None:
+    async def test() -> None:
+        with receiver() as receiving:
+            for name, seconds in (("told-by-another", 3600), ("left-by-another", -1)):
+                ended(records, name, webhook=Webhook(url=receiving.url))
+                until_then = datetime.now(UTC) + timedelta(seconds=seconds)
+                end = _record(records, name).completed_at
+                records.note_webhook(name, end, tried_until=until_then)
+            async with sweeping(s3, bucket):
+                await until(lambda: told(receiving))
+                await looked_again(s3, bucket)
+            assert told(receiving) == ["left-by-another"]
 
     run(test)
 

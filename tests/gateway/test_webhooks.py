@@ -249,6 +249,7 @@ def test_a_receiver_cannot_ask_for_more_than_the_longest_pause(asked: str) -> No
         ("³", 0),
         ("soon", 0),
         ("Thu, 99 Nov 2026 12:00:30 GMT", 0),
+        ("Thu, 26 Nov 99999999999999999999 12:00:30 GMT", 0),
         ("", 0),
         (None, 0),
     ],

@@ -105,7 +105,8 @@ def test_one_of_many_takes_over_what_a_dead_replica_left(
     results = all_claim(stores, created_at=NOON + timedelta(hours=1))
 
     (winner,) = [result for result in results if isinstance(result, Claimed)]
-    assert (winner.record.attempts, winner.record.created_at) == (2, NOON)
+    assert (winner.record.attempts, winner.record.reruns) == (2, 0)
+    assert winner.record.created_at == NOON + timedelta(hours=1)  # where the list has it
     assert got(store).record == winner.record
     assert not got(store).abandoned
 
@@ -211,26 +212,57 @@ def test_a_webhook_is_due_from_the_end_until_it_was_sent(
     store: BlockingRecords, other: BlockingRecords
 ) -> None:
     claimed = claim(store, webhook=Webhook(url="https://me/1"))
-    store.webhook_sent("a-cat")  # of no end: not noted
+    store.note_webhook("a-cat", None, sent_at=NOON)  # of no end: not noted
     assert not got(store).record.webhook_due
-    finished = store.finish(claimed, "succeeded", output=["x"])
+    finished = store.finish(claimed, "succeeded", output=["x"], completed_at=NOON)
+    store.note_webhook("a-cat", NOON + timedelta(hours=1), sent_at=NOON)  # of another: neither
     assert got(other).record.webhook_due
 
     with pytest.raises(RecordError, match=r"webhook\.sent_at"):
-        other.webhook_sent("a-cat", NOON.replace(tzinfo=None))
-    other.webhook_sent("a-cat", NOON)
-    store.webhook_sent("a-cat", NOON + timedelta(hours=1))  # the first one counts
+        other.note_webhook("a-cat", NOON, sent_at=NOON.replace(tzinfo=None))
+    other.note_webhook("a-cat", NOON, sent_at=NOON)
+    store.note_webhook("a-cat", NOON, sent_at=NOON + timedelta(hours=1))  # the first one counts
 
     after = got(store)
     assert not after.record.webhook_due
     assert after.record == finished.changed(webhook=Webhook(url="https://me/1", sent_at=NOON))
 
 
+def test_a_webhook_that_was_given_up_is_due_no_more_and_one_that_is_tried_again_is(
+    store: BlockingRecords,
+) -> None:
+    store.finish(claim(store, webhook=Webhook(url="https://me/1")), "succeeded", completed_at=NOON)
+
+    store.note_webhook("a-cat", NOON, tried_until=NOON + timedelta(minutes=1))
+    tried = got(store).record
+    store.note_webhook("a-cat", NOON, gave_up_at=NOON + timedelta(minutes=2))
+
+    assert (tried.webhook_due, tried.settled) == (True, False)
+    given_up = got(store).record
+    assert (given_up.webhook_due, given_up.settled) == (False, True)
+    assert given_up.webhook is not None
+    assert given_up.webhook.tried_until == NOON + timedelta(minutes=1)
+
+
+def test_the_next_end_is_told_though_the_one_before_was(
+    store: BlockingRecords, other: BlockingRecords
+) -> None:
+    first = claim(store, webhook=Webhook(url="https://me/1"))
+    store.finish(first, "canceled", may_run_again=True, completed_at=NOON)
+    store.note_webhook("a-cat", NOON, sent_at=NOON)
+
+    other.finish(claim(other), "succeeded")
+
+    record = got(store).record
+    assert record.webhook_due
+    assert record.webhook == Webhook(url="https://me/1")
+
+
 @pytest.mark.parametrize("webhook", [None, Webhook(url="https://me/1", events_filter=("logs",))])
 def test_who_did_not_ask_is_not_told(store: BlockingRecords, webhook: Webhook | None) -> None:
-    store.finish(claim(store, webhook=webhook), "succeeded")
-    store.webhook_sent("a-cat")
-    store.webhook_sent("nobody")
+    store.finish(claim(store, webhook=webhook), "succeeded", completed_at=NOON)
+    store.note_webhook("a-cat", NOON, sent_at=NOON)
+    store.note_webhook("nobody", NOON, sent_at=NOON)
 
     assert not got(store).record.webhook_due
 
@@ -382,10 +414,11 @@ def test_word_to_cancel_whose_answer_was_lost_is_left(plain: PlainS3) -> None:
 
 def test_a_note_of_a_webhook_whose_answer_was_lost_is_made_once(plain: PlainS3) -> None:
     store = BlockingRecords(plain.storage, "pictures")
-    finished = store.finish(claim(store, webhook=Webhook(url="https://me/1")), "succeeded")
+    claimed = claim(store, webhook=Webhook(url="https://me/1"))
+    finished = store.finish(claimed, "succeeded", completed_at=NOON)
 
     plain.lose = 1
-    store.webhook_sent("a-cat", NOON)
+    store.note_webhook("a-cat", NOON, sent_at=NOON)
 
     assert got(store).record == finished.changed(webhook=Webhook(url="https://me/1", sent_at=NOON))
 
@@ -475,14 +508,41 @@ def test_without_conditional_writes_who_was_overwritten_at_once_does_not_have_it
 def test_what_ended_undone_is_generated_for_whoever_asks_again(
     store: BlockingRecords, other: BlockingRecords
 ) -> None:
-    undone = store.finish(claim(store), "canceled", error="its caller left", may_run_again=True)
+    first = claim(store, background=True)
+    undone = store.finish(first, "canceled", error="its caller left", may_run_again=True)
     assert undone.finished
 
-    again = claim(other)
+    again = claim(other, created_at=NOON + timedelta(hours=1))
 
-    assert (again.record.status, again.record.error, again.record.attempts) == ("starting", None, 2)
+    assert (again.record.status, again.record.error) == ("starting", None)
+    assert (again.record.attempts, again.record.reruns) == (1, 1)  # nobody died over it
+    assert again.record.created_at == NOON + timedelta(hours=1)
+    assert not again.record.background  # who wanted that got its end
     assert not other.finish(again, "succeeded", output=["one"]).may_run_again
     assert not isinstance(store.claim(asked()), Claimed)
+
+
+def test_what_is_handed_back_has_killed_nobody(
+    store: BlockingRecords, other: BlockingRecords
+) -> None:
+    for _ in range(5):
+        store.hand_back(claim(store), background=True)
+
+    left = got(store)
+    assert (left.record.attempts, left.abandoned, left.record.background) == (0, True, True)
+    assert claim(other).record.attempts == 1
+
+
+def test_its_owner_hears_when_it_renews_that_it_is_to_go_on_without_its_caller(
+    store: BlockingRecords, other: BlockingRecords
+) -> None:
+    claimed = claim(store)
+
+    assert other.ask_to_keep("a-cat")
+
+    assert store.renew(claimed, status="processing").record.background
+    assert got(other).record.background
+    assert not other.ask_to_keep("nobody")
 
 
 def test_its_owner_hears_when_it_renews_that_somebody_wants_it_canceled(
