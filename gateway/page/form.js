@@ -1,10 +1,12 @@
 // The form of a wish: its fields follow the server's schema, and a reload finds them as they were.
 
 import { byId, element } from "./dom.js";
+import { integer, parse, write } from "./json.js";
 import { tab } from "./memory.js";
 import { ratioOf, valueOf } from "./schema.js";
 
 const NAME = "form";
+const TAKEN = "taken";
 // Those with a place of their own; `previews` is the page's to ask for, and the last is of no effect.
 const PLACES = { aspect_ratio: "field-shape", num_outputs: "field-count", num_inference_steps: "field-steps", seed: "field-seed" };
 const NOT_SHOWN = ["prompt", "previews", "max_sequence_length"];
@@ -26,6 +28,10 @@ export class Form {
   #form = byId("wish");
   #prompt = byId("prompt");
   #inputs = new Map();
+  /** By name, what is written in the fields, and what is to be in those that have not come yet. */
+  #held = remembered(NAME);
+  /** An earlier input as it was, until the fields come: no text says by itself whether it is a number. */
+  #taken = remembered(TAKEN);
 
   constructor({ submit }) {
     this.#form.addEventListener("submit", (event) => {
@@ -35,7 +41,7 @@ export class Form {
     });
     this.#form.addEventListener("input", (event) => {
       this.#mark(event.target.name, "");
-      tab.set(NAME, JSON.stringify(this.#texts()));
+      this.#keep(this.#texts());
     });
     this.#prompt.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -43,7 +49,9 @@ export class Form {
         this.#form.requestSubmit();
       }
     });
-    this.#fill(this.#remembered());
+    this.#fill(this.#held);
+    // As it was remembered, a long one is its digits.
+    if ("seed" in this.#taken) this.#taken.seed = integer(this.#taken.seed);
   }
 
   get isComplete() {
@@ -60,13 +68,14 @@ export class Form {
     }
     byId("field-hint").hidden = true;
     byId("more").hidden = byId("field-more").childElementCount === 0;
-    this.#fill(this.#remembered());
+    this.#fill(this.#held);
+    this.#expect({});
   }
 
   /** The input as it is to be sent; null where something is wrong, which is then said beside its field. */
   read() {
     const texts = this.#texts();
-    const input = {};
+    const input = { ...this.#taken };
     const problems = [];
     if (!texts.prompt?.trim()) problems.push({ input: "prompt", words: "Say what the picture should show." });
     else input.prompt = texts.prompt;
@@ -99,11 +108,13 @@ export class Form {
 
   /** Take over an earlier prediction's input, with the seed of one of its pictures. */
   take(input, seed) {
-    const { num_outputs: ignored, previews, ...same } = input;
+    const { num_outputs: count, previews, max_sequence_length: ignored, ...same } = input;
+    const taken = Object.entries({ ...same, seed }).filter(([, value]) => value !== null && value !== undefined);
+    this.#keep(Object.fromEntries(taken.map(([name, value]) => [name, String(value)])));
+    if (!this.isComplete) this.#expect(Object.fromEntries(taken));
     this.#form.reset();
-    this.#fill({ ...same, seed });
+    this.#fill(this.#held);
     this.complain([]);
-    tab.set(NAME, JSON.stringify(this.#texts()));
     this.#prompt.focus({ preventScroll: true });
     this.#form.scrollIntoView({ block: "start" });
   }
@@ -124,25 +135,35 @@ export class Form {
     for (const control of this.#form.elements) {
       if (control.type === "checkbox") texts[control.name] = String(control.checked);
     }
-    // What was remembered for fields that are not there yet stays remembered.
-    return { ...this.#remembered(), ...texts };
+    const coming = Object.entries(this.#held).filter(([name]) => !this.#form.elements.namedItem(name));
+    return { ...Object.fromEntries(coming), ...texts };
+  }
+
+  #keep(texts) {
+    this.#held = texts;
+    tab.set(NAME, write(texts));
+  }
+
+  #expect(taken) {
+    this.#taken = taken;
+    tab.set(TAKEN, write(taken));
   }
 
   #fill(values) {
     for (const [name, value] of Object.entries(values)) {
       const control = this.#form.elements.namedItem(name);
-      if (!control || value === null || value === undefined) continue;
-      if (control.type === "checkbox") control.checked = String(value) === "true";
-      else control.value = String(value);
+      if (!control) continue;
+      if (control.type === "checkbox") control.checked = value === "true";
+      else control.value = value;
     }
   }
+}
 
-  #remembered() {
-    try {
-      return JSON.parse(tab.get(NAME)) ?? {};
-    } catch {
-      return {};
-    }
+function remembered(name) {
+  try {
+    return parse(tab.get(name) ?? "{}");
+  } catch {
+    return {};
   }
 }
 

@@ -89,6 +89,75 @@ def test_fields_come_with_the_model_as_they_were_filled_in(door: Door, open_page
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
 
 
+def again_while_the_model_loads(door: Door, page: Page) -> None:
+    """With other values remembered from when the fields were there; then the model goes on loading."""
+    page.get_by_label("Seed").fill("11")
+    page.get_by_role("radio", name="2", exact=True).check()
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Keep out").fill("fog")
+    door.state, door.describes = "starting", False
+    page.reload()
+    expect(page.get_by_text("The other choices come with the model.")).to_be_visible()
+    page.locator("#gallery-list").get_by_role("button").click()
+    page.get_by_role("button", name="Again with this seed").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a fox")
+    expect(page.locator("#announcements")).to_contain_text("this picture\u2019s prompt and seed")
+
+
+def expect_the_picture_in_the_fields(page: Page, seed: int) -> None:
+    expect(page.get_by_label("Seed")).to_have_value(str(seed))
+    expect(page.get_by_role("radio", name="16:9")).to_be_checked()
+    expect(page.get_by_role("radio", name="1", exact=True)).to_be_checked()
+    expect(page.get_by_label("Steps")).to_have_value("4")
+    expect(page.get_by_label("Keep out")).to_have_value("")
+
+
+def test_again_while_the_model_loads_fills_the_fields_when_they_come(
+    door: Door, open_page: Open
+) -> None:
+    door.earlier("old", "a fox", seed=4711, aspect_ratio="16:9", num_inference_steps=4)
+    page = open_page()
+    again_while_the_model_loads(door, page)
+
+    door.state, door.describes = "ready", True
+
+    expect_the_picture_in_the_fields(page, 4711)
+    generate(page, "a fox at dusk")
+    expect(page.locator("#stage .there")).to_be_visible()
+    assert json.loads(door.bodies[0])["input"] == {
+        "prompt": "a fox at dusk",
+        "aspect_ratio": "16:9",
+        "num_inference_steps": 4,
+        "seed": 4711,
+        "previews": True,
+    }
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+@pytest.mark.parametrize("seed", [4711, 2**63 - 1])
+def test_again_while_the_model_loads_is_sent_before_the_fields_come(
+    door: Door, open_page: Open, seed: int, reloads: bool
+) -> None:
+    door.earlier("old", "a fox", seed=seed, aspect_ratio="16:9", num_inference_steps=4)
+    page = open_page()
+    again_while_the_model_loads(door, page)
+    if reloads:
+        page.reload()
+
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator("#stage-line")).to_contain_text("begins by itself")
+    door.state, door.describes = "ready", True
+
+    expect(page.locator("#stage .there")).to_be_visible()
+    assert json.loads(door.bodies[0])["input"] == {
+        "prompt": "a fox",
+        "aspect_ratio": "16:9",
+        "num_inference_steps": 4,
+        "seed": seed,
+    }
+    expect_the_picture_in_the_fields(page, seed)
+
+
 def test_a_setup_that_failed_says_why(door: Door, open_page: Open) -> None:
     door.state, door.cold_start = "setup_failed", failed()
     door.reason = "access denied on s3://models/demo/latest.json: check MODEL_PATH"

@@ -9,8 +9,21 @@ from http.client import HTTPConnection, HTTPResponse
 import pytest
 from fastapi import FastAPI
 
+from gateway.app import image_origins
 from gateway.page import FOLDER, origin_of, page_router
+from gateway.settings import load_gateway_settings
 from tests.support.asgi import HOST, serving
+
+SETTINGS = {
+    "AWS_ACCESS_KEY_ID": "tid_AzureDiamond",
+    "AWS_SECRET_ACCESS_KEY": "tsec_hunter2",
+    "MODEL_PATH": "ByteDance/SDXL-Lightning",
+    "MODEL_BUCKET_NAME": "models",
+    "PUBLIC_BUCKET_NAME": "pictures",
+    "ALLOW_ANONYMOUS": "1",
+}
+TIGRIS = {"AWS_ENDPOINT_URL_S3": "https://t3.storage.dev"}
+PUBLIC = {"PUBLIC_BASE_URL": "https://images.example.com/cdn"}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +90,24 @@ def test_the_page_may_load_images_from_the_bucket_and_all_else_from_here(
 )
 def test_other_files_are_not_served(port: int, path: str) -> None:
     assert get(port, path)[0].status == 404
+
+
+@pytest.mark.parametrize(
+    ("environment", "origins"),
+    [
+        (TIGRIS, ["https://t3.storage.dev", "https://pictures.t3.storage.dev"]),
+        ({}, ["https://*.amazonaws.com"]),
+    ],
+    ids=["endpoint", "amazon"],
+)
+def test_a_bucket_made_public_still_shows_the_pictures_it_had_before(
+    environment: dict[str, str], origins: list[str]
+) -> None:
+    private = load_gateway_settings(SETTINGS | environment)
+    public = load_gateway_settings(SETTINGS | environment | PUBLIC)
+
+    assert image_origins(private) == origins
+    assert image_origins(public) == ["https://images.example.com", *origins]
 
 
 def test_origins() -> None:
