@@ -134,6 +134,7 @@ class Observed:
             except asyncio.CancelledError:  # uvicorn's, when the time for last answers is over
                 if is_answered:
                     raise
+                scope[REASON] = "draining"
                 await _stopped()(scope, receive, send_with_headers)
             finally:
                 route = getattr(scope.get("route"), "path", "").replace(":path}", "}")

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
+from gateway.refusals import REASON
+
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -53,6 +55,8 @@ class BodyLimits:
         else:
             await exchange.run(self._app, scope)
         await exchange.close_if_refused()
+        if exchange.is_refused:
+            scope[REASON] = "input"
 
 
 def declared_length(scope: Scope) -> int:
@@ -76,13 +80,13 @@ class _Exchange:
         self._received = 0
         self._is_received = False
         self._answer_has_begun = False
-        self._is_refused = False
+        self.is_refused = False
 
     async def run(self, app: Application, scope: Scope) -> None:
         try:
             await app(scope, self._receive_for_app, self._send_for_app)
         except Exception:
-            if not self._is_refused:
+            if not self.is_refused:
                 raise
             log.debug(
                 "the application ended with an error after its caller was refused", exc_info=True
@@ -96,7 +100,7 @@ class _Exchange:
 
     async def close_if_refused(self) -> None:
         """Throw away what still comes for a moment, then let the server close the connection."""
-        if not self._is_refused:
+        if not self.is_refused:
             return
         try:
             async with asyncio.timeout(LINGER_SECONDS):
@@ -107,7 +111,7 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _receive_for_app(self) -> Message:
-        if self._is_refused:
+        if self.is_refused:
             return {"type": "http.disconnect"}
         if self._is_received:
             return await self._receive()
@@ -151,13 +155,13 @@ class _Exchange:
         return message
 
     async def _send_for_app(self, message: Message) -> None:
-        if self._is_refused:
+        if self.is_refused:
             return
         self._answer_has_begun = True
         await self._send(message)
 
     async def _refuse(self, status: HTTPStatus, detail: str) -> None:
-        self._is_refused = True
+        self.is_refused = True
         body = json.dumps({"detail": detail}).encode()
         headers = [
             (b"content-type", b"application/json"),

@@ -18,7 +18,7 @@ from gateway.addresses import AddressRefused, Guard
 from gateway.callers import Callers
 from gateway.desk import Desk, Wanted
 from gateway.event_stream import CONTENT_TYPE, asks_for_events
-from gateway.refusals import Refused, problem, wrong_input
+from gateway.refusals import REASON, Refused, problem, wrong_input
 from gateway.schemas import answered, requested
 from gateway.waiting import stream, until_end
 from gateway.webhooks import WebhookEvent, check_reachable, check_url
@@ -175,8 +175,10 @@ def cog_router(desk: Desk, callers: Callers, guard: Guard) -> APIRouter:
         responses={HTTPStatus.NOT_FOUND.value: {"description": "There is none to cancel"}},
         dependencies=[Depends(callers.enter)],
     )
-    async def cancel(prediction_id: str) -> Response:
+    async def cancel(request: Request, prediction_id: str) -> Response:
         found = await desk.cancel(prediction_id)
+        if not found:
+            request.scope[REASON] = "unknown"
         return JSONResponse({}, HTTPStatus.OK if found else HTTPStatus.NOT_FOUND)
 
     @router.get(

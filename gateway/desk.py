@@ -276,10 +276,11 @@ class Desk:
                 rerun=record.reruns,
                 before_more=note_patience,
             )
-        self.metrics.webhook(event, delivered)
+        self.metrics.webhook(event, bool(delivered))
         if is_end:
             now = datetime.now(UTC)
-            await (note(sent_at=now) if delivered else note(gave_up_at=now))
+            if delivered is not None:  # else it was our fault, and another may fare better
+                await (note(sent_at=now) if delivered else note(gave_up_at=now))
 
     def has_told(self, prediction_id: str, completed_at: datetime | None) -> bool:
         """Whether this end was told here, is being told, or was given up: not to be begun again by the sweep."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +115,10 @@ class Run:
             await ledger.enter(claimed.record)
             self._is_entered = True
         if not claimed.record.background:
-            with suppress(LostLeaseError):  # it is recorded already, or another's
+            try:
                 self._claimed = await ledger.renew(claimed, background=True)
+            except LostLeaseError:  # it is recorded already, or another's
+                await ledger.ask_to_keep(prediction.id)
 
     def leave(self, why: Leaving) -> None:
         """End it. The first reason counts."""
@@ -199,6 +202,8 @@ class Run:
             # Whoever is answered "accepted" can count on it: a gateway that comes after this one has to find it.
             self._is_entered = True
             try:
+                if not found.record.background:  # somebody has asked for that since
+                    self._claimed = await self._desk.ledger.renew(found, background=True)
                 await self._desk.ledger.enter(found.record)
             except ImagesError:
                 await self._hand_back()
@@ -242,14 +247,15 @@ class Run:
         except LineFullError:
             return None
         try:
-            found = await self._claim_as(self._asked)
+            now = {"created_at": datetime.now(UTC)}
+            found = await self._claim_as(self._asked.model_copy(update=now))
         except BaseException:
             self._desk.line.leave(place)
             raise
         if not isinstance(found, Claimed):
             self._desk.line.leave(place)
             return None
-        self._place, self.is_elsewhere = place, False
+        self._claimed, self._place, self.is_elsewhere = found, place, False
         self.prediction.begin_again()
         return found
 
@@ -367,6 +373,10 @@ class Run:
                 pass  # it was done first
             case Leaving.ASKED:
                 prediction.finish("canceled")
+            case Leaving.CALLER_LEFT if await self._is_wanted_elsewhere():
+                prediction.refusal = _stopped()
+                await self._hand_back()
+                return
             case Leaving.CALLER_LEFT:
                 prediction.finish("canceled", error="its caller left before it was finished")
                 again = True
@@ -391,6 +401,16 @@ class Run:
             prediction.refusal = refused
             prediction.finish("failed", error=refused.args[0])
         await self._record(may_run_again=again)
+
+    async def _is_wanted_elsewhere(self) -> bool:
+        """Whether somebody has left word that it is to go on, at another gateway and since the last renewal."""
+        if self._claimed is None:
+            return False
+        try:
+            self._claimed = await self._desk.ledger.renew(self._claimed)
+        except ImagesError:  # which its recording meets too
+            return False
+        return self._claimed.record.background
 
     async def _record(self, *, may_run_again: bool) -> None:
         claimed = self._claimed

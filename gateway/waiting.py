@@ -61,10 +61,10 @@ async def _encoded(
                 )
                 if coming.done():
                     event = coming.result()
-                    if event is None or (
-                        event.name == "completed" and _must_ask_again(prediction, request)
-                    ):
-                        return
+                    if event is None or event.name == "completed":
+                        must_ask_again = _must_ask_again(prediction, request)
+                        if event is None or must_ask_again:
+                            return
                     if encoded := encode(event):
                         yield encoded
                     coming = asyncio.ensure_future(anext(events, None))

@@ -132,12 +132,13 @@ class Webhooks:
         *,
         rerun: int = 0,
         before_more: Callable[[datetime], Awaitable[None]] | None = None,
-    ) -> bool:
-        """Whether the receiver has taken it (2xx). `completed` is tried again while that may help, the others are not.
+    ) -> bool | None:
+        """Whether the receiver has taken it (2xx), or None for a fault of ours.
 
-        `number` tells messages apart that share prediction and event, and `rerun` those of a prediction that was begun
-        anew after an end; the same four are the same message to whoever receives it, after a restart too. Before each
-        pause, `before_more` hears when the attempt after it is over. Raises nothing but CancelledError.
+        `completed` is tried again while that may help, the others are not. `number` tells messages apart that share
+        prediction and event, and `rerun` those of a prediction that was begun anew after an end; the same four are the
+        same message to whoever receives it, after a restart too. Before each pause, `before_more` hears when the
+        attempt after it is over. Raises nothing but CancelledError.
         """
         name = message_id(str(answer.get("id")), event, number, rerun)
         try:
@@ -152,7 +153,7 @@ class Webhooks:
         except Exception:  # noqa: BLE001 - logged with its traceback
             # A prediction's end must not fail because the news of it did.
             _log.exception("The %s was not delivered, through a fault of this program.", message)
-            return False
+            return None
 
     async def _deliver(
         self,

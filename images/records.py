@@ -89,8 +89,8 @@ class RecordStore:
 
     Every method raises RecordError, which names the object, the cause and what to try, and holds no secret. Requests:
     2 or 3 PUTs once to try the server; 1 PUT to claim, 1 to enter, 1 for each renewal, 1 to finish; for an id that
-    exists 1 PUT and 1 GET, and 1 PUT more to take it over; 1 GET to get; 1 GET and 1 PUT to note a webhook; 1 LIST and
-    1 GET per prediction for a page, but for those that are left out of it.
+    exists 1 PUT and 1 GET, and 1 or 2 PUTs more to take it over; 1 PUT to hand it back; 1 GET to get; 1 GET and 1 PUT
+    to leave word or note a webhook; 1 LIST and 1 GET per prediction for a page, but for those that are left out of it.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class RecordStore:
         """Make the prediction the caller's if it is nobody's, of somebody who was not heard of for too long, or may run
         again.
 
-        Exactly one of many wins. What is taken over has the time of creation of who takes it (`enter` it there), and
-        the new webhook if there is one; with another input than the recorded one it is not taken over.
+        Exactly one of many wins. What is taken over has the time of creation of who takes it, and is in the list there,
+        and the new webhook if there is one; with another input than the recorded one it is not taken over.
         """
         key, mine = self.key(record.id), self._claimed_by_me(record, lease_seconds, record)
         for _ in range(_ATTEMPTS):
@@ -131,6 +131,10 @@ class RecordStore:
             if not (same_input and (stored.abandoned or stored.record.may_run_again)):
                 return Existing(stored, same_input)
             mine = self._claimed_by_me(stored.record, lease_seconds, record)
+            if mine.place_in_time != stored.record.place_in_time:
+                await self.enter(
+                    mine
+                )  # first, as somebody may count on it: it is in the list all the time
             try:
                 return Claimed(mine, await self._documents.replace(key, mine.dump(), stored.etag))
             except ChangedError:

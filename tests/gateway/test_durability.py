@@ -283,6 +283,29 @@ def test_who_is_told_that_it_goes_on_can_count_on_it_though_others_asked_first(
         assert [asked.result(TIMEOUT_S).json()["status"] for asked in waiting] == ["succeeded"] * 2
 
 
+def test_what_goes_on_for_another_is_made_though_who_asked_first_leaves(
+    environment: dict[str, str], runner_folder: Path, records: BlockingRecords
+) -> None:
+    with (
+        GatewayServer(environment, runner_folder) as one,
+        GatewayServer(environment, runner_folder) as other,
+        receiver() as hook,
+    ):
+        fields = {"webhook": hook.url, "webhook_events_filter": ["completed"]}
+        with holding(runner_folder, "left"):
+            with one.asking("left", {"prompt": "left"}):
+                accepted = other.put("left", {"prompt": "left"}, headers=ASYNC, fields=fields)
+                assert accepted.status_code == 202
+            # Neither of them may end it as its caller's wish.
+            one.until(lambda: answer_of(one, "left")["status"] == "starting")
+        assert until_over(other, "left")["status"] == "succeeded"
+        (message,) = hook.wait_for(1)
+    assert message.answer["status"] == "succeeded"
+    stored = records.get("left")
+    assert stored is not None
+    assert (stored.record.reruns, stored.record.background) == (0, True)
+
+
 def test_what_has_ended_several_gateways_is_not_tried_again_and_its_caller_told(
     environment: dict[str, str], runner_folder: Path, journal: Path, records: BlockingRecords
 ) -> None:

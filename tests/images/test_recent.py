@@ -46,6 +46,25 @@ def test_what_came_since_the_first_page_does_not_move_the_next(store: BlockingRe
     assert [stored.record.id for stored in second.stored] == ["p1", "p0"]
 
 
+def test_what_is_taken_over_is_in_the_list_all_the_time(
+    s3: EmbeddedS3, bucket: str, store: BlockingRecords, other: BlockingRecords
+) -> None:
+    store.enter(claim(store, "dead", lease_seconds=0).record)
+
+    def listed() -> list[str]:
+        return [stored.record.owner for stored in store.recent(10).stored]
+
+    with (
+        s3.fault(Fault("status", method="PUT", bucket=bucket, key="*/by-time/*", status=403)),
+        pytest.raises(RecordError),
+    ):
+        claim(other, "dead", created_at=NOON + timedelta(hours=1))
+    assert listed() == [store.owner]
+
+    claim(other, "dead", created_at=NOON + timedelta(hours=1))
+    assert listed() == [other.owner]
+
+
 def test_a_page_costs_one_listing_and_one_read_for_each_on_it(
     s3: EmbeddedS3, bucket: str, store: BlockingRecords
 ) -> None:
