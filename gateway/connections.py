@@ -1,21 +1,28 @@
-"""What a connection may be while no request is on it: not for long, not without end, and not in everybody's way.
+"""What a connection may be while nothing moves on it: not for long, not without end, and not in everybody's way.
 
-uvicorn waits for ever for a request that has begun and does not go on, and at its limit turns away whoever comes next,
-a platform's probe too. Here those make room who hold a connection and ask for nothing.
+uvicorn waits for ever for a request that has begun and does not go on, and for a reader who does not read; and at its
+limit it turns away whoever comes next, a platform's probe too. Here those make room who hold a connection and ask for
+nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import resource
+import sys
+import termios
 import time
 from http import HTTPStatus
 from typing import cast
 
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_WITHIN_S = 10.0
+# TCP sends what was lost again after 0.2 s, 0.4 s and so on: seven times by then, so that it is no gap of a network.
+STALLED_S = 30.0
 MOST_HEAD_BYTES = 64 * 1024
 MOST_CONNECTIONS = 2000
 # Beside the callers': Cog's, the bucket's and the webhooks' connections, logs, pipes.
@@ -32,10 +39,17 @@ SECURITY_HEADERS = (
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, with limits for each request's head, which its parser has none of, and a place that can be lost."""
+    """uvicorn's, with limits for each request's head, which its parser has none of, and a place that can be lost.
+
+    A reader of whose answer nothing leaves here for `STALLED_S` is cut off. However slow, one who reads is not.
+    """
 
     idle_since = 0.0
     _deadline: asyncio.TimerHandle | None = None
+    _next_look: asyncio.TimerHandle | None = None
+    _unread_before = 0
+    _answering: RequestResponseCycle | None = None
+    """The request whose turn it is. `cycle` is the last that came, which may wait for it."""
     _overhead = 0
     """How many bytes have come since the last that brought a request on: a head, or what goes around a body's parts."""
 
@@ -44,18 +58,27 @@ class Connection(HttpToolsProtocol):
         cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first request
         return cycle is None or cycle.response_complete
 
+    @property
+    def can_go(self) -> bool:
+        """Whether all that may be lost with it is what its reader has left unread."""
+        return self.is_idle or self.transport.is_closing()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.idle_since = time.monotonic()  # finer than uvloop's
         self._wait_for_head()
         if len(self.connections) > MOST_CONNECTIONS:
-            others = (
-                one for one in self.connections if isinstance(one, Connection) and one.is_idle
-            )
-            min(others, key=lambda one: one.idle_since).close()
+            others = (one for one in self.connections if isinstance(one, Connection) and one.can_go)
+            min(others, key=lambda one: one.idle_since).make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        if self._next_look is not None:
+            self._next_look.cancel()
+        if self._answering is not None and not self._answering.response_complete:
+            # uvicorn tells the last that came alone, and this one would write on.
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -86,6 +109,15 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.idle_since = time.monotonic()
         super().on_response_complete()
+        self._watch_reader()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(HTTPStatus.BAD_REQUEST, msg)
@@ -103,12 +135,34 @@ class Connection(HttpToolsProtocol):
             first = b"HTTP/1.1 %d %b" % (status, status.phrase.encode())
             lines = (first, *(b"%b: %b" % header for header in headers), b"", body)
             self.transport.write(b"\r\n".join(lines))
-        self.transport.close()
+        self._close()
 
-    def close(self) -> None:
-        # At once out of the count: the transport tells of its end a moment later.
+    def make_room(self) -> None:
+        # At once out of the count: the transport tells of its end a moment later. Not by `close`, which waits until
+        # all is read, and so may keep the file open for ever.
         self.connections.discard(self)
+        self.transport.abort()
+
+    def _close(self) -> None:
         self.transport.close()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """From now on, as no more is written until something is read, or until there is another answer."""
+        if self._next_look is not None:
+            self._next_look.cancel()
+            self._next_look = None
+        self._unread_before = _unread(self.transport)
+        if self._unread_before:
+            self._next_look = self.loop.call_later(STALLED_S, self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        # Of an answer that is being written, as much may have come as went.
+        is_still = self.flow.write_paused or self.can_go
+        if is_still and _unread(self.transport) == self._unread_before:
+            self.transport.abort()
+        else:
+            self._watch_reader()
 
     def _wait_for_head(self) -> None:
         if self._deadline is None:
@@ -122,7 +176,21 @@ class Connection(HttpToolsProtocol):
     def _too_late(self) -> None:
         self._deadline = None
         if self.is_idle:
-            self.close()
+            self._close()
+
+
+def _unread(transport: asyncio.Transport) -> int:
+    """How many bytes the other side has not taken, where some of them are still here and not all the system's."""
+    here = transport.get_write_buffer_size()
+    if not here:
+        return 0
+    connection = transport.get_extra_info("socket")
+    try:
+        # Linux takes more from us once a third of its megabytes has left, which may be long for a slow reader.
+        told = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return here
+    return here + int.from_bytes(told, sys.byteorder)
 
 
 def allow_files() -> None:
