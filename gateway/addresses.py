@@ -12,7 +12,10 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,9 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # From a host and a port to addresses, as text. Raises OSError where there are none.
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+# Each is a thread that sleeps, for as long as the system's resolver has patience: often ten seconds and more.
+MOST_LOOKUPS = 32
 
 # All that IANA has given out for the internet. What else is "global" to a Python may be anything.
 IPV6_INTERNET = ipaddress.IPv6Network("2000::/3")
@@ -103,13 +109,57 @@ def is_on_the_internet(address: Address) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
+class _Lookups:
+    """Looks names up, at most `MOST_LOOKUPS` at once, each on a thread that nobody has to wait for.
+
+    The event loop's own threads, four with uvloop, are for the names that we ask for ourselves, the bucket's above
+    all: names that strangers choose may answer late on purpose. An executor's threads would hold up this process's end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Future[list[str]], str, int]] = deque()
+        self._threads = 0
+
+    def ask(self, host: str, port: int) -> Future[list[str]]:
+        """One that is cancelled before its turn is not looked up. Nothing stops one that has begun."""
+        answer: Future[list[str]] = Future()
+        with self._lock:
+            self._waiting.append((answer, host, port))
+            if self._threads < MOST_LOOKUPS:
+                threading.Thread(target=self._work, name="lookup", daemon=True).start()
+                self._threads += 1
+        return answer
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                answer, host, port = self._waiting.popleft()
+            if not answer.set_running_or_notify_cancel():
+                continue
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except Exception as error:  # noqa: BLE001 - whoever asked gets it, whatever it is
+                answer.set_exception(error)
+            else:
+                answer.set_result(list(dict.fromkeys(str(address[0]) for *_, address in found)))
+
+
+_lookups = _Lookups()
+
+
 async def resolve_as_the_system_does(host: str, port: int) -> Sequence[str]:
-    """With getaddrinfo, which also takes 127.1, 0x7f000001 and the like: what they mean is judged, not their looks."""
+    """With getaddrinfo, which also takes 127.1, 0x7f000001 and the like: what they mean is judged, not their looks.
+
+    How long is waited is the caller's affair, the wait for a turn among many included.
+    """
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return await asyncio.wrap_future(_lookups.ask(host, port))
     except UnicodeError as error:  # a label that is empty, or longer than 63 bytes
         raise socket.gaierror(socket.EAI_NONAME, "not a name that a host can have") from error
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 @dataclass(frozen=True)
