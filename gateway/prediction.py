@@ -6,6 +6,8 @@ It moves nothing by itself: a run (run.py) or whoever follows a record (desk.py)
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
+from collections import deque
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -18,6 +20,11 @@ from images.prediction import PredictionRecord
 
 # A chatty model may fill neither the memory here nor its record.
 LONGEST_LOGS = 256 * 1024  # characters
+# Of `log` and `metric` events. More than one read from Cog's server brings, so that who reads along misses none.
+MOST_PASSING_BYTES = 4 * 1024 * 1024
+# What Python needs for one, beside its text.
+EVENT_BYTES = 500
+_PASSING = frozenset({"log", "metric"})
 
 
 class Leaving(Enum):
@@ -31,6 +38,48 @@ class Leaving(Enum):
     NO_CLAIM = auto()
 
 
+class KeptEvents:
+    """Events by their numbers, 0 and up: all of them, but of `log` and `metric` only the newest that have room.
+
+    `completed` says again what those said.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._events: dict[int, Event] = {}
+        self._lasting: list[int] = []
+        self._passing: deque[tuple[int, int]] = deque()  # numbers, and bytes
+        self._passing_bytes = 0
+
+    def add(self, event: Event) -> None:
+        number = self._count
+        self._count += 1
+        self._events[number] = event
+        if event.name not in _PASSING:
+            self._lasting.append(number)
+            return
+        size = EVENT_BYTES + len(event.encode())
+        self._passing.append((number, size))
+        self._passing_bytes += size
+        while self._passing_bytes > MOST_PASSING_BYTES and len(self._passing) > 1:
+            oldest, size = self._passing.popleft()
+            del self._events[oldest]
+            self._passing_bytes -= size
+
+    def first_from(self, number: int) -> tuple[int, Event] | None:
+        """The first that is kept and has this number or a higher one, with its own; None where there is none yet."""
+        if number not in self._events:
+            # It was dropped, and so was every other that passes before the oldest that is kept.
+            place = bisect_left(self._lasting, number)
+            later = self._lasting[place : place + 1]
+            if self._passing and self._passing[0][0] > number:
+                later.append(self._passing[0][0])
+            if not later:
+                return None
+            number = min(later)
+        return number, self._events[number]
+
+
 class Prediction:
     """Made of a record; for one event loop."""
 
@@ -42,7 +91,7 @@ class Prediction:
         self.refusal: Refused | None = None
         """What its callers get in place of its answer."""
         self.take(record)
-        self._events: list[Event] = []
+        self._events = KeptEvents()
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
 
@@ -151,19 +200,21 @@ class Prediction:
         await self._over.wait()
 
     async def events(self) -> AsyncIterator[Event]:
-        """From the first on, and then as they happen; ends after `completed`."""
-        told = 0
+        """From the first on, and then as they happen; ends after `completed`.
+
+        Who comes late, or reads too slowly, misses the older of many `log` and `metric` events.
+        """
+        number = 0
         while True:
-            while told < len(self._events):
-                event = self._events[told]
-                told += 1
-                yield event
+            while (found := self._events.first_from(number)) is not None:
+                number = found[0] + 1
+                yield found[1]
             if self.finished:
                 return
             await self._changed.wait()
 
     def _publish(self, event: Event) -> None:
-        self._events.append(event)
+        self._events.add(event)
         self._wake()
 
     def _wake(self) -> None:
