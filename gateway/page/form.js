@@ -161,7 +161,7 @@ export class Form {
 
 function remembered(name) {
   try {
-    return parse(tab.get(name) ?? "{}");
+    return parse(tab.get(name) ?? "{}") ?? {};
   } catch {
     return {};
   }
