@@ -15,10 +15,12 @@ import sys
 import termios
 import time
 from http import HTTPStatus
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
 
 HEAD_WITHIN_S = 10.0
 # TCP sends what was lost again after 0.2 s, 0.4 s and so on: seven times by then, so that it is no gap of a network.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,18 @@ def got(store: BlockingRecords, prediction_id: str = "a-cat") -> Stored:
     stored = store.get(prediction_id)
     assert stored is not None
     return stored
+
+
+def all_claim(stores: list[BlockingRecords], **more: Any) -> list[Claimed | Existing]:
+    """What each of them gets that claims at the same moment."""
+    together = threading.Barrier(len(stores))
+
+    def compete(store: BlockingRecords) -> Claimed | Existing:
+        together.wait()
+        return store.claim(asked(**more))
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        return list(pool.map(compete, stores))
 
 
 def document(client: S3Client, bucket: str, key: str = "predictions/a-cat.json") -> dict[str, Any]:
